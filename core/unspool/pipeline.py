@@ -1,0 +1,177 @@
+"""A pipeline: one strategy and an ordered list of plugins, checked against each other and ready to be called.
+
+Requests whose pipelines have equal keys form a group and share every hook call.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import pluggy
+from pydantic import BaseModel, ValidationError
+
+from unspool.errors import ConfigError, Problem
+from unspool.hooks import Hooks
+from unspool.plugin import Companion, Plugin, per_request_fields
+from unspool.registry import Registry
+
+HOOKS = ("pre_forward", "logits_transform", "select", "stop_check")
+
+
+@dataclass(frozen=True)
+class PluginSpec:
+    """A plugin's name and its parameters as the user wrote them."""
+
+    name: str
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+
+class _Manager(pluggy.PluginManager):
+    """Calls hooks in the order of the config, constraints' transforms first (pluggy itself calls the last one first)."""
+
+    def __init__(self, plugins: Sequence[Plugin]) -> None:
+        super().__init__("unspool")
+        self.add_hookspecs(Hooks)
+        for plugin in reversed(plugins):
+            self.register(plugin, plugin.name)
+        self.check_pending()
+
+    def parse_hookimpl_opts(self, plugin: Any, name: str) -> Any:
+        options = super().parse_hookimpl_opts(plugin, name)
+        if options is not None and name == "logits_transform" and plugin.constraint:
+            options["tryfirst"] = True
+        return options
+
+
+class Pipeline:
+    """One strategy and its plugins.
+
+    Args:
+        strategy: the plugin that implements `select`.
+        plugins: all others, in the config's order.
+
+    Raises:
+        ConfigError: two strategies, a misspelt hook, or a plugin that refuses this pipeline.
+    """
+
+    def __init__(self, strategy: Plugin, plugins: Sequence[Plugin] = ()) -> None:
+        self.strategy = strategy
+        self.plugins: tuple[Plugin, ...] = (*plugins, strategy)
+        """All plugins in the order in which their hooks are called, the strategy last."""
+        problems = [
+            Problem("plugins", f"{p.name!r} is a strategy, and {strategy.name!r} is one already: a pipeline has one")
+            for p in plugins
+            if hasattr(p, "select")
+        ]
+        if not hasattr(strategy, "select"):
+            problems.append(Problem("strategy", f"{strategy.name!r} is no strategy: it does not implement select"))
+        names = [p.name for p in self.plugins]
+        problems += [Problem("plugins", f"{n!r} stands twice") for n in sorted({n for n in names if names.count(n) > 1})]
+        if problems:
+            raise ConfigError(problems)
+        try:
+            manager = _Manager(self.plugins)
+        except pluggy.PluginValidationError as error:
+            raise ConfigError([Problem("plugins", str(error))]) from error
+        self.hook = manager.hook
+        for plugin in self.plugins:
+            if reason := plugin.refuse(self):
+                problems.append(Problem(f"plugins.{plugin.name}", reason))
+        if problems:
+            raise ConfigError(problems)
+        self.row_local = all(p.row_local for p in self.plugins)
+        self.looks_ahead = (
+            self.row_local and not strategy.holds and not any(p.reads_logprob or p.reads_score for p in self.plugins)
+        )
+        self.independent = self.row_local and type(strategy).rank is Plugin.rank
+        """Branches cannot affect each other: streams are returned, and streamed, one by one."""
+        self.scores = not self.row_local or type(strategy).rank is not Plugin.rank or any(p.reads_score for p in self.plugins)
+        """Somebody may read a score, so the core sums log-probabilities where the strategy gives none."""
+        self.stateful = tuple(p for p in self.plugins if type(p).initial is not Plugin.initial)
+        self.owners = tuple(p for p in self.plugins if type(p).open is not Plugin.open)
+        self.hidden = tuple(sorted({layer for p in self.plugins for layer in p.hidden}))
+        self.path_hidden = tuple(sorted({layer for p in self.plugins for layer in p.path_hidden}))
+        self.reads_logprob = any(p.reads_logprob for p in self.plugins)
+        self.transforms = self.has("logits_transform")
+        self.drafts = self.has("pre_forward")
+
+    def has(self, hook: str) -> bool:
+        """Tell whether any plugin implements `hook`."""
+        return bool(getattr(self.hook, hook).get_hookimpls())
+
+    def implementations(self, hook: str) -> list[tuple[Plugin, Any]]:
+        """List the plugins that implement `hook` with their methods, in the order of the calls."""
+        return [(impl.plugin, impl.function) for impl in reversed(getattr(self.hook, hook).get_hookimpls())]
+
+    @cached_property
+    def companions(self) -> Mapping[str, Companion]:
+        """Name the companions of all plugins. Two plugins that share a name share the companion."""
+        found: dict[str, Companion] = {}
+        for plugin in self.plugins:
+            for name, companion in plugin.companions().items():
+                if found.setdefault(name, companion) != companion:
+                    raise ConfigError([Problem(f"plugins.{plugin.name}", f"companion {name!r} is declared differently")])
+        return found
+
+    @cached_property
+    def key(self) -> str:
+        """Name the group: everything but the fields that may differ between the requests of a group."""
+        return json.dumps(
+            [
+                (p.name, f"{type(p).__module__}:{type(p).__qualname__}", _group_params(p.params))
+                for p in self.plugins
+            ],
+            sort_keys=True,
+            default=str,
+        )
+
+    @cached_property
+    def parameters(self) -> Mapping[str, BaseModel]:
+        """Map each plugin's name to its parameters."""
+        return {p.name: p.params for p in self.plugins}
+
+    def __repr__(self) -> str:
+        return f"Pipeline({', '.join(p.name for p in self.plugins)})"
+
+
+def _group_params(params: BaseModel) -> dict[str, Any]:
+    return params.model_dump(mode="json", exclude=set(per_request_fields(type(params))))
+
+
+def build_plugin(spec: PluginSpec, registry: Registry, field: str = "plugins") -> Plugin:
+    """Make a plugin from its name and parameters, or raise a `ConfigError` with all that is wrong."""
+    entry = registry.find(spec.name, field)
+    try:
+        params = entry.plugin.Params.model_validate(dict(spec.params))
+    except ValidationError as error:
+        raise ConfigError([_problem(e, f"{field}.{spec.name}", entry.plugin.Params) for e in error.errors()]) from error
+    plugin = entry.plugin(params)
+    plugin.name = spec.name
+    return plugin
+
+
+def build_pipeline(strategy: PluginSpec, plugins: Iterable[PluginSpec], registry: Registry) -> Pipeline:
+    """Make a pipeline, or raise one `ConfigError` with all that is wrong with all of it."""
+    problems: list[Problem] = []
+    built: list[Plugin] = []
+    for field_name, spec in [("strategy", strategy), *(("plugins", p) for p in plugins)]:
+        try:
+            built.append(build_plugin(spec, registry, field_name))
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return Pipeline(built[0], built[1:])
+
+
+def _problem(error: Any, prefix: str, params: type[BaseModel]) -> Problem:
+    where = ".".join([prefix, *(str(part) for part in error["loc"])])
+    if error["type"] == "extra_forbidden":
+        allowed = ", ".join(params.model_fields) or "none"
+        return Problem(where, f"no such parameter: allowed: {allowed}")
+    given = "" if error["type"] == "missing" else f", not {error['input']!r}"
+    return Problem(where, f"{error['msg']}{given}")
