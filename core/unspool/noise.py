@@ -44,8 +44,8 @@ def key(seed: Tensor, stream: Tensor, position: Tensor, purpose: int) -> Tensor:
 
 
 def uniform(keys: Tensor) -> Tensor:
-    """Map `[rows]` keys to float64 in (0, 1): 2**53 equidistant values, never 0 or 1."""
-    return (_shift(keys, 11, 64).to(torch.float64) + 0.5) * 2.0**-53
+    """Map `[rows]` keys to float64 in (0, 1): 2**52 equidistant values, never 0 or 1."""
+    return (_shift(keys, 12, 64).to(torch.float64) + 0.5) * 2.0**-52  # of 53 bits the half would round up to 1
 
 
 def gumbel(keys: Tensor, vocab: int, dtype: torch.dtype) -> Tensor:

@@ -6,7 +6,7 @@ Requests whose pipelines have equal keys form a group and share every hook call.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -103,9 +103,9 @@ class Pipeline:
         """Tell whether any plugin implements `hook`."""
         return bool(getattr(self.hook, hook).get_hookimpls())
 
-    def implementations(self, hook: str) -> list[tuple[Plugin, Any]]:
-        """List the plugins that implement `hook` with their methods, in the order of the calls."""
-        return [(impl.plugin, impl.function) for impl in reversed(getattr(self.hook, hook).get_hookimpls())]
+    def implementations(self, hook: str) -> list[tuple[Plugin, Callable[..., Any]]]:
+        """List the plugins that implement `hook`, each with a call that takes all of the hook's arguments, in order."""
+        return [(impl.plugin, _call(impl)) for impl in reversed(getattr(self.hook, hook).get_hookimpls())]
 
     @cached_property
     def companions(self) -> Mapping[str, Companion]:
@@ -136,6 +136,10 @@ class Pipeline:
 
     def __repr__(self) -> str:
         return f"Pipeline({', '.join(p.name for p in self.plugins)})"
+
+
+def _call(impl: Any) -> Callable[..., Any]:
+    return lambda **available: impl.function(**{name: available[name] for name in impl.argnames})
 
 
 def _group_params(params: BaseModel) -> dict[str, Any]:

@@ -96,6 +96,8 @@ class Plugin:
     reads_score: bool = False
     """It reads `step.score` or `growth.score` though its strategy may not score (a strategy that is not `row_local`
     always gets scores)."""
+    score_columns: int = 1
+    """As a strategy, how many columns its scores have (`step.score` is zeros of that width at the prompt)."""
     hidden: Sequence[int] = ()
     """Layers whose hidden states are wanted for rows and drafts; 0 is the embedding, -1 after the final norm."""
     path_hidden: Sequence[int] = ()

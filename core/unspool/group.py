@@ -1,0 +1,373 @@
+"""A group in one step: the requests of one pipeline, their drafts, and what the pass said of them.
+
+`Step` is the plugins' view of it. `rounds.py` decides and grows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unspool.errors import PluginError
+from unspool.lane import Lane, Readings, Share
+from unspool.live import Branch, Live
+from unspool.pipeline import Pipeline
+from unspool.plugin import Plugin
+from unspool.runner import Output
+from unspool.step import Rows, Step
+
+if TYPE_CHECKING:
+    from unspool.trace import Recorder
+
+PENDING: Final = object()
+"""In place of a path state that depends on a log-probability which is not known before the pass."""
+
+IMPOSSIBLE: Final = "impossible"
+END: Final = "end"
+
+
+@dataclass(eq=False, slots=True)
+class Draft:
+    """A draft of this step: who hung it, below which row's node, and why it is a leaf, if it is one."""
+
+    live: Live
+    plugin: Plugin | None
+    base: int
+    leaf: str | None
+    held: bool
+    q: Tensor | None
+
+    @property
+    def runs(self) -> bool:
+        """Tell whether the pass runs it. Below a held row only the impossible is left out."""
+        return self.leaf is None or (self.held and self.leaf == END)
+
+
+class Group:
+    """The live requests of one pipeline that have rows in this step.
+
+    Args:
+        pipeline: what they share.
+        lives: the requests, oldest first.
+        main: the target's lane.
+        companions: the lanes of the pipeline's companions, by name.
+        budget: drafts that may be added below each row.
+        token_budget: most tokens of one pass of a companion that is asked.
+        recorder: takes the trace, if anyone wants one.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        lives: Sequence[Live],
+        main: Lane,
+        companions: Mapping[str, Lane],
+        budget: int,
+        token_budget: int,
+        recorder: Recorder | None = None,
+    ) -> None:
+        self.pipeline, self.lives, self.main, self.lanes = pipeline, list(lives), main, companions
+        self.budget, self.token_budget, self.recorder = budget, token_budget, recorder
+        self.tree = main.tree
+        runner = main.cache.runner
+        self.device, self.vocab_size = runner.device, runner.vocab_size
+        self.dtype = torch.float64 if runner.dtype == torch.float64 else torch.float32
+        self.readings: Readings | None = None
+        self.every_row: dict[str, Readings] = {}
+        self.drafts: dict[int, Draft] = {}
+        self.newly_held: dict[int, Draft] = {}
+        """Drafts that the `select` which is running has hung below rows, for the next step."""
+        self._asked: dict[str, dict[int, Tensor]] = {}
+        self._live_of: dict[int, Live] = {b.node: live for live in lives for b in live.branches}
+        self._kept: dict[int, Mapping[Any, Tensor]] = {
+            b.node: b.held.readings for live in lives for b in live.branches if b.held
+        }
+        for live in lives:
+            for branch in live.branches:
+                for node, draft in branch.held.drafts.items() if branch.held else ():
+                    self._remember(node, draft)
+
+    # ---- drafts -----------------------------------------------------------------------------------------------------
+
+    def rows(self) -> Rows:
+        """Give the rows with which the step begins: every branch."""
+        return Rows.of([(live, branch) for live in self.lives for branch in live.branches])
+
+    def rows_of(self, live: Live) -> Rows:
+        """Give the rows of one request."""
+        return Rows.of([(live, branch) for branch in live.branches])
+
+    def hang(
+        self, plugin: Plugin | None, parents: Sequence[int], tokens: Sequence[int], q: Tensor | None
+    ) -> list[int]:
+        """Hang drafts for `Step.draft`. Settles at once what each of them is."""
+        nodes = []
+        for i, (parent, token) in enumerate(zip(parents, tokens, strict=True)):
+            above = self.drafts.get(parent)
+            if parent < 0 or token < 0 or (above is not None and above.leaf is not None):
+                nodes.append(-1)
+            else:
+                base = above.base if above else parent
+                nodes.append(self._hang(plugin, base, parent, token, None if q is None else q[i]))
+        return nodes
+
+    def _hang(self, plugin: Plugin | None, base: int, parent: int, token: int, q: Tensor | None) -> int:
+        live = self._live_of.get(parent)
+        if live is None:
+            raise ValueError(f"{parent} is no row's node and no draft of this step")
+        if token >= self.vocab_size:
+            raise ValueError(f"the draft token {token} is outside the vocabulary of {self.vocab_size}")
+        held = self.readings is not None  # hung by select, for the next step
+        node = self.tree.child(parent, token)
+        if node is not None and node in (self.newly_held if held else self.drafts):
+            return node
+        if node is None:
+            node = self.tree.grow(parent, token)
+            self.tree.states[node] = self._folded(live, parent, token)
+        else:
+            self.tree.hold(node)
+        draft = Draft(live, plugin, base, self._leaf(live, node, token), held, q)
+        self._remember(node, draft)
+        if held:
+            self.newly_held[node] = draft
+        else:
+            live.drafts.append(node)
+        return node
+
+    def _remember(self, node: int, draft: Draft) -> None:
+        self.drafts[node] = draft
+        self._live_of[node] = draft.live
+
+    def _leaf(self, live: Live, node: int, token: int) -> str | None:
+        """Say why nothing can follow a draft, if so."""
+        request = live.request
+        if token in request.end_ids:
+            return END
+        if any(state is None for state in self.tree.states[node]):
+            return IMPOSSIBLE
+        return END if self.tree.length[node] >= request.limits.max_new_tokens else None
+
+    def _folded(self, live: Live, parent: int, token: int) -> tuple[Any, ...]:
+        """Fold the path states over a draft: None where it cannot be, or is an end."""
+        if token in live.request.end_ids:
+            return (None,) * len(self.pipeline.stateful)
+        states: list[Any] = []
+        for plugin, before in zip(self.pipeline.stateful, self.tree.states[parent], strict=True):
+            if plugin.reads_logprob:
+                states.append(PENDING)
+                continue
+            try:
+                states.append(plugin.advance(before, token))
+            except Exception:  # on a draft that is no fault: nobody chose it
+                states.append(None)
+        return tuple(states)
+
+    def trim(self) -> None:
+        """Delete drafts over the budget of their row: the deepest first, then those hung last."""
+        below: dict[int, list[int]] = {}
+        for live in self.lives:
+            for node in live.drafts:
+                draft = self.drafts[node]
+                if draft.plugin is not self.pipeline.strategy:
+                    below.setdefault(draft.base, []).append(node)
+        for nodes in below.values():
+            if len(nodes) > self.budget:
+                order = sorted(range(len(nodes)), key=lambda i: (self.tree.length[nodes[i]], i))
+                for i in reversed(order[self.budget :]):
+                    self.forget(nodes[i])
+
+    def forget(self, node: int) -> None:
+        """Delete a draft."""
+        draft = self.drafts.pop(node)
+        if node in draft.live.drafts:
+            draft.live.drafts.remove(node)
+        self.tree.release(node)
+
+    def forget_drafts_of(self, live: Live) -> None:
+        """Delete all drafts of a request in this step, the deepest first."""
+        for node in reversed(live.drafts):
+            self.drafts.pop(node, None)
+            self.tree.release(node)
+        live.drafts.clear()
+
+    def running_drafts(self, live: Live) -> list[int]:
+        """List the drafts of a request that the pass is to run, parents first."""
+        held = [node for branch in live.branches if branch.held for node in branch.held.drafts]
+        return [node for node in [*held, *live.drafts] if self.drafts[node].runs]
+
+    def drafts_below(self, nodes: Sequence[int], plugin: Plugin | None) -> list[tuple[int, int]]:
+        """List (row, draft) just below the nodes of rows."""
+        children: dict[int, list[int]] = {}
+        for node, draft in self.drafts.items():
+            if plugin is None or draft.plugin is plugin:
+                children.setdefault(self.tree.parent[node], []).append(node)
+        return [(row, child) for row, node in enumerate(nodes) for child in children.get(node, ())]
+
+    # ---- what the pass said -----------------------------------------------------------------------------------------
+
+    def beside(self) -> list[Lane]:
+        """List the lanes that run beside every row."""
+        return [self.lanes[name] for name, companion in self.pipeline.companions.items() if companion.every_row]
+
+    def read(self, lane: Lane, readings: Readings) -> None:
+        """Take what a pass of a lane said."""
+        if lane is self.main:
+            self.readings = readings
+        for name in self.pipeline.companions:
+            if self.lanes[name] is lane:
+                self.every_row[name] = readings
+
+    def read_nothing(self) -> None:
+        """Go on without a pass: all rows are held, and none of their drafts could be run."""
+        runner = self.main.cache.runner
+        nothing = torch.empty((0, self.vocab_size), dtype=runner.dtype, device=runner.device)
+        hidden = {layer: torch.empty((0, runner.width)) for layer in self.pipeline.hidden}
+        self.readings = Readings(Output(nothing, hidden), {}, {})
+
+    def logits_of(self, nodes: Sequence[int]) -> Tensor:
+        """Give raw logits of nodes of this pass and of held rows: `[n, vocab]`."""
+        assert self.readings is not None, "there are no logits before the pass"
+        return self._gather(self.readings.logits, self.readings.row, nodes, "raw")
+
+    def hidden_of(self, layer: int, nodes: Sequence[int]) -> Tensor:
+        """Give hidden states of nodes of this pass and of held rows: `[n, width]`."""
+        readings = self.readings
+        assert readings is not None, "there are no hidden states before the pass"
+        if layer not in readings.hidden:
+            raise ValueError(f"layer {layer} is not declared: name it in `hidden`")
+        return self._gather(readings.hidden[layer], readings.packed, nodes, ("hidden", layer))
+
+    def path_hidden(self, layer: int, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Give the stored hidden states of rows' paths."""
+        store = self.main.cache.hidden.get(layer)
+        if store is None or layer not in self.pipeline.path_hidden:
+            raise ValueError(f"layer {layer} is not stored: name it in `path_hidden`")
+        paths = []
+        for request, node in zip(rows.request, rows.node, strict=True):
+            segments = self.main.segments(rows.lives[request], node)
+            pairs = zip(segments[::2], segments[1::2], strict=True)
+            paths.append(torch.cat([store[start:end] for start, end in pairs]))
+        hidden = torch.nn.utils.rnn.pad_sequence(paths, batch_first=True)
+        lengths = torch.tensor([len(path) for path in paths], device=hidden.device)
+        return hidden, torch.arange(hidden.shape[1], device=hidden.device) < lengths.unsqueeze(1)
+
+    def keep(self, node: int) -> Mapping[Any, Tensor]:
+        """Copy all that was read of a row which is held until the next step."""
+        if node in self._kept and (self.readings is None or node not in self.readings.row):
+            return self._kept[node]
+        assert self.readings is not None
+        kept: dict[Any, Tensor] = {"raw": self.logits_of([node])[0].clone()}
+        for layer in self.readings.hidden:
+            kept["hidden", layer] = self.hidden_of(layer, [node])[0].clone()
+        for name in self.every_row:
+            kept["companion", name] = self.companion(name, [node])[0].clone()
+        return kept
+
+    def _gather(self, values: Tensor, index: Mapping[int, int], nodes: Sequence[int], kind: Any) -> Tensor:
+        at = [index.get(node, -1) for node in nodes]
+        if -1 not in at:
+            if at and at[-1] - at[0] == len(at) - 1 and all(b - a == 1 for a, b in zip(at, at[1:], strict=False)):
+                return values[at[0] : at[0] + len(at)]
+            return values[torch.tensor(at, dtype=torch.int64, device=values.device)]
+        rows = []
+        for node, place in zip(nodes, at, strict=True):
+            if place >= 0:
+                rows.append(values[place])
+            elif node in self._kept and kind in self._kept[node]:
+                rows.append(self._kept[node][kind])
+            else:
+                raise ValueError(f"node {node} was not run in this pass")
+        return torch.stack(rows)
+
+    # ---- companions -------------------------------------------------------------------------------------------------
+
+    def companion(self, name: str, nodes: Sequence[int]) -> Tensor:
+        """Give a companion's logits, running what it has not run: `[n, vocab]`."""
+        if name not in self.lanes:
+            raise ValueError(f"no companion {name!r}: declared are {sorted(self.lanes)}")
+        readings = self.every_row.get(name)
+        if readings is not None and all(node in readings or node in self._kept for node in nodes):
+            return self._gather(readings.logits, readings.row, nodes, ("companion", name)).to(self.device)
+        answers = self._asked.setdefault(name, {})
+        wanted = [n for n in dict.fromkeys(nodes) if n >= 0 and n not in answers and self._runs(n)]
+        if wanted:
+            self._ask(self.lanes[name], wanted, answers)
+        runner = self.lanes[name].cache.runner
+        nothing = torch.zeros(self.vocab_size, dtype=runner.dtype, device=runner.device)
+        return torch.stack([answers.get(node, nothing) for node in nodes]).to(self.device)
+
+    def _runs(self, node: int) -> bool:
+        return node not in self.drafts or self.drafts[node].leaf is None
+
+    def _ask(self, lane: Lane, nodes: Sequence[int], answers: dict[int, Tensor]) -> None:
+        by_live: dict[Live, list[int]] = {}
+        for node in nodes:
+            by_live.setdefault(self._live_of[node], []).append(node)
+        shares = []
+        for live, own in by_live.items():
+            share = lane.missing(live, own)
+            while len(share.prompt) + len(share.ancestors) > self.token_budget:
+                lane.run([share.first(self.token_budget)])
+                share = lane.missing(live, own)
+            fresh = [node for node in own if not (node == live.root and share.prompt)]
+            shares.append(Share(live, share.prompt, share.ancestors, fresh))
+        readings = lane.run(shares)
+        for node in nodes:
+            answers[node] = readings.logits[readings.row[node]]
+
+    # ---- what the pipeline would choose -----------------------------------------------------------------------------
+
+    def propose(self, rows: Rows, which: Sequence[int], nodes: Sequence[int], logits: Tensor) -> list[int]:
+        """Answer `Step.propose`."""
+        strategy = self.pipeline.strategy
+        if not strategy.row_local:
+            raise PluginError(strategy.name, "propose", "the strategy is not row_local: it cannot say what it would choose")
+        asked = [i for i, node in enumerate(nodes) if node >= 0]
+        answers = [-1] * len(nodes)
+        if not asked:
+            return answers
+        standing: list[tuple[Live, Branch, int]] = []
+        for i in asked:
+            live = rows.lives[rows.request[which[i]]]
+            standing.append((live, rows.branch[which[i]], nodes[i]))
+        order = sorted(range(len(asked)), key=lambda i: (standing[i][0].order, i))
+        table = Rows.at([standing[i] for i in order])
+        raw = logits[torch.tensor([asked[i] for i in order], device=logits.device)]
+        step = Step(self, table, raw=raw)
+        edited = self.working_copy(table, raw)
+        for plugin, method in self.pipeline.implementations("logits_transform"):
+            if not (plugin.reads_logprob or plugin.hidden or plugin.path_hidden or plugin.companions()):
+                method(step=step, logits=edited)
+        growth = self.pipeline.hook.select(step=step, logits=edited)
+        if growth is not None:
+            chosen = edited[growth.row, growth.token] > -torch.inf
+            for row, token, fine in zip(growth.row.tolist(), growth.token.tolist(), chosen.tolist(), strict=True):
+                if fine and answers[asked[order[row]]] < 0:
+                    answers[asked[order[row]]] = token
+        return answers
+
+    def working_copy(self, rows: Rows, raw: Tensor) -> Tensor:
+        """Copy raw logits into the working dtype, end ids banned where a row is below `min_new_tokens`."""
+        length = self.tree.length
+        banned = [
+            (row, end)
+            for row, (request, node) in enumerate(zip(rows.request, rows.node, strict=True))
+            if length[node] < (prepared := rows.lives[request].request).limits.min_new_tokens
+            for end in prepared.end_ids
+        ]
+        if not banned and not self.pipeline.transforms:
+            return raw.to(self.dtype)  # nobody writes to it, so it need not be a copy
+        logits = raw.to(self.dtype, copy=True)
+        if banned:
+            row, end = torch.from_numpy(np.array(banned, dtype=np.int64)).T.to(self.device)
+            logits[row, end] = -torch.inf
+        return logits
+
+    def state_index(self, plugin: Plugin) -> int:
+        """Give the place of a plugin's state among the states of a node."""
+        return [p.name for p in self.pipeline.stateful].index(plugin.name)

@@ -1,0 +1,294 @@
+"""The plan of one pass: where each layer writes its keys and values, and what each span then reads.
+
+All that is the same in every layer (views, masks, indices) is made once, when the first layer of its kind asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from unspool.huggingface.pool import Group, Pool
+from unspool.runner import Batch, Span
+
+# On a CPU a call costs about as much as copying a context of so many bytes; longer contexts are read where they are.
+_WORTH_COPYING = 320 * 1024
+_FEWEST_TOGETHER = 4
+
+
+class Plan:
+    """One pass over a pool. Each layer attends in turn.
+
+    Args:
+        pool: where keys and values are kept.
+        batch: what runs.
+    """
+
+    def __init__(self, pool: Pool, batch: Batch) -> None:
+        pool.positions[batch.slots] = batch.positions
+        self._pool, self._batch = pool, batch
+        self._turn = 0
+        self._shares: dict[Group, _Share] = {}
+
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, settings: dict[str, Any]
+    ) -> Tensor:
+        """Write the next layer's keys and values, then attend: `[1, heads, n, width]` -> `[1, n, heads, width]`."""
+        group, row = self._pool.places[self._turn]
+        self._turn += 1
+        share = self._shares.get(group)
+        if share is None:
+            share = self._shares[group] = _Share(group, self._pool, self._batch)
+        share.write(row, key, value)
+        sinks = settings.get("s_aux")
+        return share.attend(row, _Queries(group, query, settings["scaling"], settings.get("softcap"), sinks))
+
+
+class _Queries:
+    """One layer's queries and how they score keys.
+
+    The heads of a group share one key head. They are shown in two ways, so that no key is ever repeated: as rows of one
+    product, where a span has one token; as heads over an expanded view of their keys, where it has several.
+    """
+
+    __slots__ = ("by_head", "by_token", "scaling", "shape", "sinks", "softcap")
+
+    def __init__(
+        self, group: Group, query: Tensor, scaling: float, softcap: float | None, sinks: Tensor | None
+    ) -> None:
+        _, heads, tokens, width = query.shape
+        self.shape = (1, tokens, heads, group.layer.value_width)
+        self.by_head = query.view(group.layer.kv_heads, heads // group.layer.kv_heads, tokens, width)
+        self.by_token = self.by_head.permute(2, 0, 1, 3)  # [n, kv heads, group, width]
+        self.scaling, self.softcap, self.sinks = scaling, softcap, sinks
+
+    def one_each(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """Attend tokens of a context each: queries `[m, kv heads, group, width]`, keys `[m, kv heads, length, width]`."""
+        if self.softcap is None and self.sinks is None:
+            return scaled_dot_product_attention(queries, keys, values, mask, scale=self.scaling)
+        sinks = None if self.sinks is None else self.sinks.view(1, *self.by_token.shape[1:3], 1)
+        return self._scored(queries, keys, values, mask, sinks)
+
+    def together(self, start: int, count: int, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """Attend tokens of one context, `[1, kv heads, length, width]`; without a mask, each to those up to its own."""
+        shape = (-1, self.by_head.shape[1], -1, -1)
+        queries = self.by_head.narrow(2, start, count)
+        keys, values = keys[0].unsqueeze(1).expand(shape), values[0].unsqueeze(1).expand(shape)
+        if self.softcap is None and self.sinks is None:
+            causal = mask is None
+            output = scaled_dot_product_attention(queries, keys, values, mask, is_causal=causal, scale=self.scaling)
+        else:
+            sinks = None if self.sinks is None else self.sinks.view(*self.by_head.shape[:2], 1, 1)
+            if mask is None:
+                mask = queries.new_full((count, count), float("-inf")).triu_(1)
+            output = self._scored(queries, keys, values, mask, sinks)
+        return output.permute(2, 0, 1, 3)
+
+    def _scored(
+        self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, sinks: Tensor | None
+    ) -> Tensor:
+        """Attend by hand, with a soft cap on the scores or a sink a head: what fused attention does not offer."""
+        scores = torch.matmul(queries, keys.transpose(-1, -2)) * self.scaling
+        if self.softcap is not None:
+            scores = torch.tanh(scores / self.softcap) * self.softcap
+        if mask is not None:
+            scores = scores + mask
+        if sinks is not None:  # one more score, which takes its share of the weight and gives nothing
+            scores = torch.cat([scores, sinks.to(scores.dtype).expand(*scores.shape[:-1], 1)], dim=-1)
+        precise = torch.float64 if scores.dtype == torch.float64 else torch.float32
+        weights = torch.softmax(scores, dim=-1, dtype=precise).to(values.dtype)
+        return torch.matmul(weights if sinks is None else weights[..., :-1], values)
+
+
+class _Read(Protocol):
+    """How some of the batch's tokens read their contexts, the same in all layers of a group."""
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        """The tokens that it answers for, in the order of its answer."""
+        ...
+
+    def attend(self, group: Group, row: int, queries: _Queries) -> Tensor:
+        """Give `[tokens, kv heads, group, value width]`."""
+        ...
+
+
+@dataclass(slots=True)
+class _View:
+    """One span whose context is consecutive: read where it lies."""
+
+    tokens: range
+    keys: Sequence[Tensor]  # row -> [1, kv heads, length, width]
+    values: Sequence[Tensor]
+    mask: Tensor | None  # [count, length], added to the scores
+
+    def attend(self, group: Group, row: int, queries: _Queries) -> Tensor:
+        start, count = self.tokens.start, len(self.tokens)
+        if count > 1:
+            return queries.together(start, count, self.keys[row], self.values[row], self.mask)
+        return queries.one_each(queries.by_token.narrow(0, start, 1), self.keys[row], self.values[row], self.mask)
+
+
+@dataclass(slots=True)
+class _Pick:
+    """One span whose context is scattered: copied together, then read."""
+
+    tokens: range
+    index: Tensor  # [kv heads * length] into the flat list of heads and slots
+    mask: Tensor | None  # [count, length], added to the scores
+
+    def attend(self, group: Group, row: int, queries: _Queries) -> Tensor:
+        keys, values = _picked(group, row, self.index, 1)
+        start, count = self.tokens.start, len(self.tokens)
+        if count > 1:
+            return queries.together(start, count, keys, values, self.mask)
+        return queries.one_each(queries.by_token.narrow(0, start, 1), keys, values, self.mask)
+
+
+@dataclass(slots=True)
+class _Gather:
+    """Several spans of one token with contexts of like length: copied together, then read in one call.
+
+    A shorter context is padded with its own last slot, so that nothing of another request is ever touched.
+    """
+
+    tokens: list[int]
+    rows: Tensor  # [m] the same
+    index: Tensor  # [m * kv heads * length] into the flat list of heads and slots
+    mask: Tensor | None  # [m, 1, 1, length], added to the scores
+
+    def attend(self, group: Group, row: int, queries: _Queries) -> Tensor:
+        keys, values = _picked(group, row, self.index, len(self.tokens))
+        return queries.one_each(queries.by_token.index_select(0, self.rows), keys, values, self.mask)
+
+
+def _picked(group: Group, row: int, index: Tensor, contexts: int) -> tuple[Tensor, Tensor]:
+    shape = (contexts, group.layer.kv_heads, len(index) // (contexts * group.layer.kv_heads), -1)
+    keys = group.flat_keys[row].index_select(0, index).view(shape)
+    return keys, group.flat_values[row].index_select(0, index).view(shape)
+
+
+class _Share:
+    """What a pass does in the layers of one group."""
+
+    def __init__(self, group: Group, pool: Pool, batch: Batch) -> None:
+        self._group, self._pool, self._batch = group, pool, batch
+        first, count = int(batch.slots[0]), len(batch.slots)
+        self._slots: Tensor | None = None
+        if np.array_equal(batch.slots, np.arange(first, first + count)):
+            self._keys = group.keys.narrow(3, first, count).unbind(0)
+            self._values = group.values.narrow(3, first, count).unbind(0)
+        else:
+            self._slots = self._tensor(batch.slots)
+        self._reads = list(self._planned())
+        order = [token for read in self._reads for token in read.tokens]
+        self._restore = None if order == sorted(order) else self._tensor(np.argsort(np.array(order)))
+
+    def write(self, row: int, key: Tensor, value: Tensor) -> None:
+        """Keep the batch's own keys and values, `[1, kv heads, n, width]`, in its slots."""
+        if self._slots is None:
+            self._keys[row].copy_(key)
+            self._values[row].copy_(value)
+        else:
+            self._group.row_keys[row].index_copy_(2, self._slots, key)
+            self._group.row_values[row].index_copy_(2, self._slots, value)
+
+    def attend(self, row: int, queries: _Queries) -> Tensor:
+        """Attend every span to its context, giving `[1, n, heads, value width]`."""
+        outputs = [read.attend(self._group, row, queries) for read in self._reads]
+        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        if self._restore is not None:
+            output = output.index_select(0, self._restore)
+        return output.reshape(queries.shape)
+
+    def _planned(self) -> Iterator[_Read]:
+        """Decide how each span is read: steps of like length together, if that pays, all others by themselves."""
+        steps = []
+        for span in self._batch.spans:
+            if span.mask is None and span.count == 1 and self._pays(span):
+                steps.append(span)
+            else:
+                yield self._alone(span)
+        steps.sort(key=self._seen)
+        while steps:
+            most = self._seen(steps[0]) * 5 // 4 + 16
+            alike = sum(self._seen(span) <= most for span in steps)
+            if alike >= _FEWEST_TOGETHER:
+                yield self._gather(steps[:alike])
+            else:
+                yield from map(self._alone, steps[:alike])
+            del steps[:alike]
+
+    def _pays(self, span: Span) -> bool:
+        scattered = not isinstance(span.context, slice)
+        short = self._seen(span) * self._group.layer.slot_bytes <= _WORTH_COPYING
+        return scattered or short or self._pool.device.type != "cpu"
+
+    def _seen(self, span: Span) -> int:
+        """Count the slots that the last token of a chain sees."""
+        window = self._group.layer.window
+        return span.context_length if window is None else min(span.context_length, window)
+
+    def _alone(self, span: Span) -> _View | _Pick:
+        length, window, context = span.context_length, self._group.layer.window, span.context
+        seen = span.mask
+        if seen is not None and window is not None:
+            own = self._batch.positions[span.start : span.start + span.count]
+            seen = seen & (own[:, None] - self._pool.positions[context][None, :] < window)
+        elif seen is None:
+            first = length - min(length, self._seen(span) + span.count - 1)  # the first that any of its tokens sees
+            context = _cut(context, first)
+            if span.count > 1 and (length > span.count or span.count > self._seen(span)):
+                seen = _chain(span.count, length - first, window)
+        mask = None if seen is None else self._mask(seen)
+        tokens = range(span.start, span.start + span.count)
+        if not isinstance(context, slice):
+            return _Pick(tokens, self._flat(context), mask)
+        count = context.stop - context.start
+        keys = self._group.keys.narrow(3, context.start, count).unbind(0)
+        return _View(tokens, keys, self._group.values.narrow(3, context.start, count).unbind(0), mask)
+
+    def _gather(self, spans: Sequence[Span]) -> _Gather:
+        lengths = np.array([self._seen(span) for span in spans])
+        longest = int(lengths[-1])
+        contexts = np.empty((len(spans), longest), dtype=np.int64)
+        for row, span in zip(contexts, spans, strict=True):
+            length = self._seen(span)
+            context = _cut(span.context, span.context_length - length)
+            row[:length] = np.arange(context.start, context.stop) if isinstance(context, slice) else context
+            row[length:] = row[length - 1]
+        seen = np.arange(longest)[None, :] < lengths[:, None]
+        mask = None if seen.all() else self._mask(seen)[:, None, None, :]
+        tokens = [span.start for span in spans]
+        return _Gather(tokens, self._tensor(np.array(tokens)), self._flat(contexts), mask)
+
+    def _flat(self, contexts: NDArray[np.int64]) -> Tensor:
+        """Turn slots `[..., length]` into places `[... * kv heads * length]` in the flat list of heads and slots."""
+        heads = np.arange(self._group.layer.kv_heads)[:, None] * self._group.slots
+        return self._tensor((contexts[..., None, :] + heads).ravel())
+
+    def _mask(self, seen: NDArray[np.bool_]) -> Tensor:
+        mask = torch.zeros(seen.shape, dtype=self._group.layer.dtype, device=self._pool.device)
+        return mask.masked_fill_(self._tensor(~seen), float("-inf"))
+
+    def _tensor(self, array: NDArray[Any]) -> Tensor:
+        return torch.as_tensor(array, device=self._pool.device)
+
+
+def _cut(context: slice | NDArray[np.int64], first: int) -> slice | NDArray[np.int64]:
+    if isinstance(context, slice):
+        return slice(context.start + first, context.stop)
+    return context[first:]
+
+
+def _chain(count: int, length: int, window: int | None) -> NDArray[np.bool_]:
+    """Say which of `length` slots in path order each of the last `count` tokens sees: `[count, length]`."""
+    behind = np.arange(length - count, length)[:, None] - np.arange(length)[None, :]
+    return behind >= 0 if window is None else (behind >= 0) & (behind < window)

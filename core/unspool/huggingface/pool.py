@@ -1,0 +1,72 @@
+"""The pool: one slot a token, with its keys and values in every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """What one layer keeps and sees.
+
+    Args:
+        kv_heads: heads of its keys and values.
+        key_width: width of one key.
+        value_width: width of one value.
+        dtype: of both.
+        window: how many positions back a token sees, itself included; None: all.
+    """
+
+    kv_heads: int
+    key_width: int
+    value_width: int
+    dtype: torch.dtype
+    window: int | None = None
+
+    @property
+    def slot_bytes(self) -> int:
+        """Count the bytes that one token takes in this layer."""
+        return self.kv_heads * (self.key_width + self.value_width) * self.dtype.itemsize
+
+
+class Group:
+    """Layers that are alike, with their keys and values in one tensor each, so that one call views them all.
+
+    Args:
+        layer: what they are like.
+        count: how many they are.
+        slots: slots of the pool.
+        device: where the tensors live.
+    """
+
+    def __init__(self, layer: Layer, count: int, slots: int, device: torch.device) -> None:
+        self.layer, self.slots = layer, slots
+        shape = (count, 1, layer.kv_heads, slots)
+        self.keys = torch.zeros(*shape, layer.key_width, dtype=layer.dtype, device=device)
+        self.values = torch.zeros(*shape, layer.value_width, dtype=layer.dtype, device=device)
+        # Views by row, made once: of everything, and of one long list of heads and slots (the fastest to pick from).
+        self.row_keys, self.row_values = self.keys.unbind(0), self.values.unbind(0)
+        self.flat_keys = [row.view(-1, layer.key_width) for row in self.row_keys]
+        self.flat_values = [row.view(-1, layer.value_width) for row in self.row_values]
+
+
+class Pool:
+    """Keys and values of all slots in all layers, head-major, and the position that each slot holds.
+
+    Args:
+        layers: what each layer keeps.
+        slots: how many tokens fit.
+        device: where it lives.
+    """
+
+    def __init__(self, layers: Sequence[Layer], slots: int, device: torch.device) -> None:
+        self.device = device
+        self.positions = np.zeros(slots, dtype=np.int64)
+        groups = {layer: Group(layer, layers.count(layer), slots, device) for layer in dict.fromkeys(layers)}
+        self.places = [(groups[layer], layers[:number].count(layer)) for number, layer in enumerate(layers)]
+        """Layer -> its group, and its row there."""

@@ -1,0 +1,237 @@
+"""The model runner for Hugging Face causal language models: packed passes over a pool of slots.
+
+The model's own code runs unchanged, on one row of tokens that belong to many sequences; only attention is ours.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from unspool.errors import ModelError
+from unspool.huggingface import attention, memory, probe
+from unspool.huggingface import survey as surveys
+from unspool.huggingface.plan import Plan
+from unspool.huggingface.pool import Pool
+from unspool.runner import Batch, Output
+
+
+class HuggingFaceRunner:
+    """Runs a `PreTrainedModel`. From here on the model's attention is ours: it answers to this runner alone.
+
+    Args:
+        model: a causal language model, on its device.
+
+    Raises:
+        ModelError: it cannot be run packed, or does not then give what it gives by itself; with the reason.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model.eval()
+        self._device = model.device
+        text = model.config.get_text_config(decoder=True)
+        own = model.config._attn_implementation
+        try:
+            surveys.refuse_by_config(model.config)
+            attention.register()
+            model.set_attn_implementation(attention.NAME)
+            found, self._layers_name, logits = surveys.survey(model)
+            self.layer_kinds = found.layers
+            """What each layer keeps and sees."""
+            self._stack: nn.ModuleList = model.get_submodule(self._layers_name)  # type: ignore[assignment]
+            self._vocab_size, self._dtype = logits.shape[-1], logits.dtype
+            self._width = int(text.hidden_size)
+            self._window = _window(text)
+            self._shallow: dict[int, PreTrainedModel] = {}
+            self._pool: Pool | None = None
+            probe.compare(self, model)
+            self._digest = _digest(model)
+        except ModelError as error:
+            model.set_attn_implementation(own)
+            raise ModelError(f"{type(model).__name__} cannot be run: {error}") from error.__cause__
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the logits."""
+        return self._vocab_size
+
+    @property
+    def window(self) -> int | None:
+        """Most positions that the model was made for; None: no limit."""
+        return self._window
+
+    @property
+    def width(self) -> int:
+        """Width of the hidden states."""
+        return self._width
+
+    @property
+    def layers(self) -> int:
+        """How many layers it has."""
+        return len(self.layer_kinds)
+
+    @property
+    def device(self) -> torch.device:
+        """Where logits and hidden states live."""
+        return self._device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of its logits."""
+        return self._dtype
+
+    @property
+    def digest(self) -> str:
+        """A short name of exactly these weights: a hash of the config and of a sample of every weight."""
+        return self._digest
+
+    def slot_bytes(self) -> int:
+        """Bytes of keys and values that one slot takes."""
+        return sum(layer.slot_bytes for layer in self.layer_kinds)
+
+    def free_bytes(self) -> int:
+        """Bytes of memory that are free on the device now."""
+        return memory.free_bytes(self._device)
+
+    def allocate(self, slots: int) -> None:
+        """Make (or remake) the pool of keys and values, all zero."""
+        self._pool = None
+        self._pool = Pool(self.layer_kinds, slots, self._device)
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> Output:
+        """Run one packed pass, storing keys and values in the batch's slots."""
+        assert self._pool is not None, "allocate before the first pass"
+        model = self._model if batch.layers is None else self._first(batch.layers)
+        with self._listening(model, batch.hidden) as hidden:
+            output = model(
+                input_ids=self._tensor(batch.token_ids)[None],
+                position_ids=self._tensor(batch.positions)[None],
+                use_cache=False,
+                logits_to_keep=self._tensor(batch.wanted),
+                unspool=Plan(self._pool, batch),
+            )
+        return Output(output.logits[0], hidden)
+
+    @torch.inference_mode()
+    def head(self, hidden: Tensor) -> Tensor:
+        """Apply the final norm and the output matrix to an earlier layer: `[n, width]` -> `[n, vocab]`."""
+        places = torch.zeros(1, len(hidden), dtype=torch.long, device=self._device)
+        plan = _Resume(hidden[None])
+        return self._first(0)(input_ids=places, position_ids=places, use_cache=False, unspool=plan).logits[0]
+
+    def _first(self, count: int) -> PreTrainedModel:
+        """Give the model with only its first layers, sharing every weight."""
+        if count not in self._shallow:
+            layers = self._stack[:count] if count else nn.ModuleList([_Resumed()])
+            self._shallow[count] = _with_module(self._model, self._layers_name.split("."), layers)
+        return self._shallow[count]
+
+    @contextmanager
+    def _listening(self, model: PreTrainedModel, wanted: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+        """Collect hidden states during a pass: what enters a layer, and what leaves the final norm."""
+        heard: dict[int, Tensor] = {}
+        stack: nn.ModuleList = model.get_submodule(self._layers_name)  # type: ignore[assignment]
+        with ExitStack() as hooks:
+            for number in wanted:
+                if number in (-1, len(stack)):
+                    decoder = model.get_submodule(self._layers_name.rpartition(".")[0])
+                    hooks.enter_context(decoder.register_forward_hook(_leaving(heard, number)))
+                else:
+                    layer = stack[number if number >= 0 else number + 1]
+                    hooks.enter_context(layer.register_forward_pre_hook(_entering(heard, number), with_kwargs=True))
+            yield heard
+
+    def _tensor(self, array: NDArray[np.int64]) -> Tensor:
+        return torch.as_tensor(array, device=self._device)
+
+
+@dataclass(frozen=True)
+class _Resume:
+    """Stands in for a plan where no layer runs: the hidden states `[1, n, width]` to go on from."""
+
+    hidden: Tensor
+
+
+class _Resumed(nn.Module):
+    """Stands in for all layers: whatever enters, the plan's hidden states leave.
+
+    So the model's own code applies its final norm, output matrix, scaling and soft cap, whatever they are called.
+    """
+
+    def forward(self, *_: Any, unspool: _Resume, **__: Any) -> Tensor:
+        """Give the plan's hidden states."""
+        return unspool.hidden
+
+
+def _with_module(model: Any, path: Sequence[str], module: nn.Module) -> Any:
+    """Copy a model with one submodule replaced, sharing all the others and every weight."""
+    if not path:
+        return module
+    twin = copy.copy(model)
+    twin.__dict__["_modules"] = dict(model._modules)
+    twin._modules[path[0]] = _with_module(model._modules[path[0]], path[1:], module)
+    return twin
+
+
+def _entering(heard: dict[int, Tensor], number: int) -> Any:
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        heard[number] = (args[0] if args else kwargs["hidden_states"])[0]
+
+    return hook
+
+
+def _leaving(heard: dict[int, Tensor], number: int) -> Any:
+    def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        heard[number] = output[0][0]
+
+    return hook
+
+
+def _window(text: PreTrainedConfig) -> int | None:
+    """Give the most positions at which every token's rotary angles depend on its own position alone.
+
+    Two kinds of rope change all angles once the longest sequence of a batch passes what the model was first trained
+    for; up to there they are like any other.
+
+    Raises:
+        ModelError: the config does not say where that is.
+    """
+    window: int | None = getattr(text, "max_position_embeddings", None)
+    rope = getattr(text, "rope_parameters", None) or {}
+    for parameters in [rope, *(entry for entry in rope.values() if isinstance(entry, dict))]:
+        kind = parameters.get("rope_type") or ""
+        if kind == "longrope" or "dynamic" in kind:
+            first = parameters.get("original_max_position_embeddings")
+            first = first or getattr(text, "original_max_position_embeddings", None)
+            if first is None and kind == "longrope" or window is None:
+                raise ModelError(f"its {kind} rope looks at the longest sequence of a batch, and sets no limit below it")
+            window = min(window, first or window)
+    return window
+
+
+def _digest(model: PreTrainedModel) -> str:
+    """Hash the config and 64 evenly spaced entries of every weight."""
+    config = model.config.to_dict()
+    for name in ("_name_or_path", "transformers_version", "dtype", "architectures"):
+        config.pop(name, None)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    samples = []
+    with torch.inference_mode():
+        for name, weight in model.named_parameters():
+            digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+            flat = weight.detach().reshape(-1)
+            samples.append(flat[:: max(1, len(flat) // 64)][:64].to(torch.float64))
+        digest.update(np.ascontiguousarray(torch.cat(samples).cpu().numpy()).tobytes())
+    return digest.hexdigest()[:16]

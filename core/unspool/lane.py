@@ -1,0 +1,296 @@
+"""One way in which the token tree is run: by a runner, after a prompt, through so many layers.
+
+The target's own lane is what everybody shares. A companion (another model, another prompt, the first layers) is a lane
+more: the same nodes, with slots of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from unspool.live import Live
+from unspool.runner import Batch, ModelRunner, Output, Span
+from unspool.slots import Claim, SlotPool
+from unspool.tree import NONE, Tree
+
+Segments = tuple[int, ...]
+"""A path's slots in order, as (start, end, start, end, ...)."""
+
+
+@dataclass(eq=False)
+class Cache:
+    """A runner with its pool of slots, and hidden states stored a slot for those layers that somebody wants."""
+
+    runner: ModelRunner
+    pool: SlotPool
+    hidden: dict[int, Tensor] = field(default_factory=dict)
+
+    def want(self, layers: Iterable[int]) -> None:
+        """Store the hidden states of these layers beside keys and values from now on."""
+        for layer in layers:
+            if layer not in self.hidden:
+                shape = self.pool.size, self.runner.width
+                self.hidden[layer] = torch.zeros(shape, dtype=self.runner.dtype, device=self.runner.device)
+
+
+@dataclass(eq=False)
+class Track:
+    """Where a request stands in a lane: its prompt there, and how much of it has run."""
+
+    prompt: NDArray[np.int64]
+    claim: Claim
+    slots: NDArray[np.int64]
+    done: int = 0
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one request runs in a pass of one lane: a piece of its prompt, then nodes, parents first.
+
+    `ancestors` only have to be there; `nodes` come after them, and are read.
+    """
+
+    live: Live
+    prompt: range
+    ancestors: Sequence[int]
+    nodes: Sequence[int] = ()
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.ancestors) + len(self.nodes)
+
+    def first(self, count: int) -> Share:
+        """Give the part of it that `count` tokens can carry, without readings."""
+        prompt = self.prompt[:count]
+        return Share(self.live, prompt, self.ancestors[: count - len(prompt)])
+
+    def new_slots(self, lane: Lane) -> int:
+        """Count the slots that it will take."""
+        return len(self.prompt) + len(self.ancestors) + sum(node not in lane.slot for node in self.nodes)
+
+
+class Readings:
+    """What a pass said of the nodes that it ran."""
+
+    def __init__(self, output: Output, row: dict[int, int], packed: dict[int, int]) -> None:
+        self.logits, self.hidden = output.logits, output.hidden
+        self.row, self.packed = row, packed
+
+    def __contains__(self, node: object) -> bool:
+        return node in self.row
+
+
+class Lane:
+    """One way in which the tree is run.
+
+    Args:
+        tree: the nodes.
+        cache: the runner and its slots; lanes of one model share it.
+        layers: run the first so many layers only.
+    """
+
+    def __init__(self, tree: Tree, cache: Cache, layers: int | None = None) -> None:
+        self.tree, self.cache, self.layers = tree, cache, layers
+        self.slot: dict[int, int] = {}
+        self._segments: dict[int, Segments] = {}
+        self._owner: dict[int, Claim] = {}
+
+    def enter(self, live: Live, prompt: NDArray[np.int64]) -> None:
+        """Begin a request here (again, after a preemption)."""
+        length = len(prompt) + live.request.limits.max_new_tokens * max(1, len(live.branches))
+        claim = self.cache.pool.claim(min(length, self.cache.pool.size))
+        live.tracks[self] = Track(prompt, claim, np.empty(len(prompt), dtype=np.int64))
+
+    def leave(self, live: Live, nodes: Iterable[int]) -> None:
+        """Free everything that a request has here: the slots of its prompt and of `nodes`."""
+        track = live.tracks.pop(self, None)
+        if track is None:
+            return
+        for node in nodes:
+            self.free(node)
+        self.slot.pop(live.root, None)
+        self._segments.pop(live.root, None)
+        for slot in track.slots[: track.done].tolist():
+            self.cache.pool.give(track.claim, slot)
+        self.cache.pool.unclaim(track.claim)
+
+    def free(self, node: int) -> None:
+        """Free the slot of a node, if it has one here."""
+        claim = self._owner.pop(node, None)
+        if claim is not None:
+            self.cache.pool.give(claim, self.slot.pop(node))
+            self._segments.pop(node, None)
+
+    def missing(self, live: Live, nodes: Sequence[int]) -> Share:
+        """Say what must have run before `nodes` can: the rest of the prompt, and ancestors without a slot."""
+        track = live.tracks[self]
+        ancestors: dict[int, None] = {}
+        wanted = set(nodes)
+        for node in nodes:
+            chain = []
+            parent = self.tree.parent[node]
+            while parent != NONE and parent not in self.slot and parent not in ancestors and parent not in wanted:
+                if self.tree.parent[parent] != NONE:  # the root is the prompt's last token
+                    chain.append(parent)
+                parent = self.tree.parent[parent]
+            ancestors.update(dict.fromkeys(reversed(chain)))
+        return Share(live, range(track.done, len(track.prompt)), list(ancestors))
+
+    def run(self, shares: Sequence[Share], hidden: Sequence[int] = ()) -> Readings:
+        """Run one packed pass; read the logits of all `nodes` in it, and of each root whose prompt it completes."""
+        shares = [share for share in shares if len(share)]
+        packing = _Packing(self)
+        for share in shares:
+            packing.add(share)
+        layers = tuple(dict.fromkeys([*hidden, *self.cache.hidden]))
+        output = self.cache.runner.forward(packing.batch(layers))
+        for layer, store in self.cache.hidden.items():
+            store[torch.from_numpy(packing.slots()).to(store.device)] = output.hidden[layer]
+        return Readings(output, packing.row, packing.packed)
+
+    def take(self, live: Live, count: int) -> NDArray[np.int64]:
+        """Take slots for a request. The scheduler has kept them free, and `step.budget` for drafts besides."""
+        if count > self.cache.pool.free:
+            raise RuntimeError(f"{count} cache slots are needed and {self.cache.pool.free} are free: keep to step.budget")
+        return self.cache.pool.take(live.tracks[self].claim, count)
+
+    def place(self, live: Live, node: int, slot: int) -> None:
+        """Put a node that is about to run into a slot."""
+        self.slot[node] = slot
+        self._owner[node] = live.tracks[self].claim
+        self._segments[node] = _appended(self.segments(live, self.tree.parent[node]), slot)
+
+    def segments(self, live: Live, node: int) -> Segments:
+        """Give the slots of a path, the prompt's first, as segments."""
+        known = self._segments.get(node)
+        if known is None:
+            if node == live.root:
+                known = _segments_of(live.tracks[self].slots)
+            else:
+                known = _appended(self.segments(live, self.tree.parent[node]), self.slot[node])
+            self._segments[node] = known
+        return known
+
+    def forget_segments(self, node: int) -> None:
+        """Drop the segments of a node that is only an ancestor now (they are found again where they are needed)."""
+        known = self._segments.get(node)
+        if known is not None and len(known) > 8:
+            del self._segments[node]
+
+    def position(self, live: Live, node: int) -> int:
+        """Give a node's position in its sequence here."""
+        return len(live.tracks[self].prompt) - 1 + self.tree.length[node]
+
+
+class _Packing:
+    """Collects the shares of requests into one batch."""
+
+    def __init__(self, lane: Lane) -> None:
+        self.lane, self.tree = lane, lane.tree
+        self.tokens: list[int] = []
+        self.positions: list[int] = []
+        self.slot_list: list[int] = []
+        self.spans: list[Span] = []
+        self.wanted: list[int] = []
+        self.row: dict[int, int] = {}
+        self.packed: dict[int, int] = {}
+
+    def add(self, share: Share) -> None:
+        lane, live = self.lane, share.live
+        if share.prompt:
+            self._prompt(live, share.prompt)
+        nodes = [*share.ancestors, *share.nodes]
+        if not nodes:
+            return
+        start = len(self.tokens)
+        fresh = [node for node in nodes if node not in lane.slot]
+        if fresh:
+            for node, slot in zip(fresh, lane.take(live, len(fresh)).tolist(), strict=True):
+                lane.place(live, node, slot)
+        token, base = self.tree.token, len(live.tracks[lane].prompt) - 1
+        silent = start + len(share.ancestors)
+        for node in nodes:
+            at = self.packed[node] = len(self.tokens)
+            if at >= silent:
+                self.row[node] = len(self.wanted)
+                self.wanted.append(at)
+            self.tokens.append(token[node])
+            self.positions.append(base + self.tree.length[node])
+            self.slot_list.append(lane.slot[node])
+        self.spans.append(self._span(live, start, nodes))
+
+    def _prompt(self, live: Live, piece: range) -> None:
+        lane, track, start = self.lane, live.tracks[self.lane], len(self.tokens)
+        slots = lane.take(live, len(piece))
+        track.slots[piece.start : piece.stop] = slots
+        track.done = piece.stop
+        self.tokens += track.prompt[piece.start : piece.stop].tolist()
+        self.positions += piece
+        self.slot_list += slots.tolist()
+        context = _context(_segments_of(track.slots[: piece.stop]))
+        self.spans.append(Span(start, len(piece), context))
+        if track.done == len(track.prompt):
+            root = live.root
+            lane.slot[root] = self.slot_list[-1]
+            lane.forget_segments(root)
+            self.packed[root] = len(self.tokens) - 1
+            self.row[root] = len(self.wanted)
+            self.wanted.append(len(self.tokens) - 1)
+
+    def _span(self, live: Live, start: int, nodes: Sequence[int]) -> Span:
+        lane, parent = self.lane, self.tree.parent
+        if all(parent[node] == before for before, node in zip(nodes, nodes[1:], strict=False)):
+            return Span(start, len(nodes), _context(lane.segments(live, nodes[-1])))
+        paths = [_slots(lane.segments(live, node)) for node in nodes]
+        context = np.unique(np.concatenate(paths))
+        mask = np.zeros((len(nodes), len(context)), dtype=np.bool_)
+        for row, path in zip(mask, paths, strict=True):
+            row[np.searchsorted(context, path)] = True
+        whole = slice(int(context[0]), int(context[-1]) + 1) if context[-1] - context[0] + 1 == len(context) else context
+        return Span(start, len(nodes), whole, mask)
+
+    def slots(self) -> NDArray[np.int64]:
+        return np.array(self.slot_list, dtype=np.int64)
+
+    def batch(self, hidden: Sequence[int]) -> Batch:
+        return Batch(
+            token_ids=np.array(self.tokens, dtype=np.int64),
+            positions=np.array(self.positions, dtype=np.int64),
+            slots=self.slots(),
+            spans=self.spans,
+            wanted=np.array(self.wanted, dtype=np.int64),
+            hidden=hidden,
+            layers=self.lane.layers,
+        )
+
+
+def _appended(segments: Segments, slot: int) -> Segments:
+    if segments and segments[-1] == slot:
+        return (*segments[:-1], slot + 1)
+    return (*segments, slot, slot + 1)
+
+
+def _segments_of(slots: NDArray[np.int64]) -> Segments:
+    if len(slots) and int(slots[-1]) - int(slots[0]) == len(slots) - 1 and bool((np.diff(slots) == 1).all()):
+        return int(slots[0]), int(slots[-1]) + 1
+    breaks = np.flatnonzero(np.diff(slots) != 1)
+    starts = slots[np.concatenate([[0], breaks + 1])]
+    ends = slots[np.concatenate([breaks, [len(slots) - 1]])] + 1
+    return tuple(np.stack([starts, ends], axis=1).ravel().tolist())
+
+
+def _slots(segments: Segments) -> NDArray[np.int64]:
+    """List the slots of segments."""
+    if len(segments) == 2:
+        return np.arange(segments[0], segments[1], dtype=np.int64)
+    pairs = zip(segments[::2], segments[1::2], strict=True)
+    return np.concatenate([np.arange(start, end, dtype=np.int64) for start, end in pairs])
+
+
+def _context(segments: Segments) -> slice | NDArray[np.int64]:
+    return slice(segments[0], segments[1]) if len(segments) == 2 else _slots(segments)

@@ -1,0 +1,109 @@
+"""A request while it lives: everything about it that changes, in one place."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from unspool.request import Hypothesis, PreparedRequest, Result, Stats
+
+if TYPE_CHECKING:
+    from unspool.group import Draft
+    from unspool.lane import Lane, Track
+
+Logprobs = tuple["Logprobs", float] | None
+"""Log-probabilities along a path, shared between branches: the last one, after those before it."""
+
+
+@dataclass(eq=False, slots=True)
+class Held:
+    """What a held row keeps until the next step: its readings, and the drafts that `select` hung below it."""
+
+    readings: Mapping[Any, Tensor]
+    drafts: dict[int, Draft]
+
+
+@dataclass(eq=False, slots=True)
+class Branch:
+    """What a strategy grows: a node, a noise stream, a score."""
+
+    node: int
+    stream: int
+    score: tuple[float, ...]
+    logprobs: Logprobs = None
+    held: Held | None = None
+
+
+@dataclass(eq=False, slots=True)
+class Counts:
+    """The running counts behind `Stats`."""
+
+    forward_passes: int = 0
+    rows: int = 0
+    cached_tokens: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    preemptions: int = 0
+    started: float | None = None
+    first_token: float | None = None
+
+
+@dataclass(eq=False)
+class Live:
+    """One live request. `branches` is empty when it has ended."""
+
+    request: PreparedRequest
+    order: int
+    """Its age: the smaller, the earlier it was submitted."""
+    root: int
+    branches: list[Branch] = field(default_factory=list)
+    hypotheses: list[Hypothesis] = field(default_factory=list)
+    own: dict[str, Any] = field(default_factory=dict)
+    tracks: dict[Lane, Track] = field(default_factory=dict)
+    drafts: list[int] = field(default_factory=list)
+    """Drafts of this step that may still be pruned, in the order in which they were hung."""
+    counts: Counts = field(default_factory=Counts)
+    submitted: float = field(default_factory=time.monotonic)
+    accepted: int = 0
+    """Drafts accepted in its last step."""
+    scored: bool = False
+    """Its strategy or the core has scored something."""
+    dead_path: tuple[int, ...] | None = None
+    error: Exception | None = None
+    result: Result | None = None
+
+    @property
+    def deadline(self) -> float | None:
+        """Give the moment of its deadline on the monotonic clock."""
+        seconds = self.request.limits.deadline
+        return None if seconds is None else self.submitted + seconds
+
+    def stats(self, hypotheses: tuple[Hypothesis, ...]) -> Stats:
+        """Freeze the counts."""
+        counts, now = self.counts, time.monotonic()
+        return Stats(
+            forward_passes=counts.forward_passes,
+            rows=counts.rows,
+            prompt_tokens=len(self.request.prompt_ids),
+            cached_tokens=counts.cached_tokens,
+            new_tokens=sum(len(h.token_ids) for h in hypotheses),
+            drafted=counts.drafted,
+            accepted=counts.accepted,
+            preemptions=counts.preemptions,
+            queued_s=(counts.started or now) - self.submitted,
+            first_token_s=(counts.first_token or now) - self.submitted,
+            total_s=now - self.submitted,
+        )
+
+
+def logprob_list(logprobs: Logprobs) -> tuple[float, ...]:
+    """Unroll the log-probabilities of a path, first token first."""
+    values = []
+    while logprobs is not None:
+        logprobs, value = logprobs
+        values.append(value)
+    return tuple(reversed(values))

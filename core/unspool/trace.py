@@ -1,0 +1,125 @@
+"""The trace: on demand, a step leaves a record of what every plugin did. At no cost otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from unspool.group import Draft, Group
+    from unspool.rounds import Children
+    from unspool.step import Rows, Step
+
+TOP = 5
+"""How many candidates a record shows before and after a transform."""
+
+
+class Recorder:
+    """Writes one record a step, one a round and group, and one for the drafts that a step prunes.
+
+    Args:
+        write: takes each record, a JSON-ready dict with `event`: `step`, `round` or `prune`.
+    """
+
+    def __init__(self, write: Callable[[dict[str, Any]], None]) -> None:
+        self._write, self._step = write, 0
+        self._before: Tensor | None = None
+        self._changes: list[dict[int, dict[str, Any]]] = []
+
+    def step(self, number: int, groups: Sequence[Group]) -> None:
+        """Record who has rows in a step."""
+        self._step = number
+        shown = [{"pipeline": _names(g), "requests": [live.request.id for live in g.lives]} for g in groups]
+        self._write({"event": "step", "step": number, "groups": shown})
+
+    def begin(self, logits: Tensor) -> None:
+        """Remember the logits before the first transform of a round."""
+        self._before, self._changes = logits.clone(), []
+
+    def transformed(self, plugin: str, logits: Tensor) -> None:
+        """Record what one transform changed in each row."""
+        before = self._before
+        assert before is not None
+        changed = (before != logits).any(dim=1).tolist()
+        banned = ((logits == -torch.inf) & (before != -torch.inf)).sum(dim=1).tolist()
+        tops = _top(before), _top(logits)
+        self._changes.append(
+            {
+                row: {"plugin": plugin, "banned": banned[row], "top_before": tops[0][row], "top_after": tops[1][row]}
+                for row, moved in enumerate(changed)
+                if moved
+            }
+        )
+        self._before = logits.clone()
+
+    def end(
+        self, step: Step, rows: Rows, children: Children, dead: frozenset[int], held: Mapping[int, Mapping[int, Draft]]
+    ) -> None:
+        """Record a round: each row with its path, what was changed, and what grew."""
+        group = step.group
+        tree, readings = group.tree, group.readings
+        shown = []
+        for row, (request, node, branch) in enumerate(zip(rows.request, rows.node, rows.branch, strict=True)):
+            grown = []
+            for child in children.below.get(row, ()):
+                draft = tree.child(node, children.token[child])
+                grown.append(
+                    {
+                        "token": children.token[child],
+                        "score": children.score[child][0] if children.score else None,
+                        "stream": children.stream[child],
+                        "finish": children.finish[child],
+                        "dropped": children.drop[child],
+                        "accepted": draft is not None and readings is not None and draft in readings,
+                    }
+                )
+            shown.append(
+                {
+                    "request": rows.lives[request].request.id,
+                    "new_token_ids": list(tree.new_tokens(node)),
+                    "stream": branch.stream,
+                    "transforms": [change[row] for change in self._changes if row in change],
+                    "dead": row in dead,
+                    "held": [tree.token[draft] for draft in held.get(node, ())],
+                    "children": grown,
+                }
+            )
+        self._write({"event": "round", "step": self._step, "pipeline": _names(group), "rows": shown})
+
+    def prune(self, group: Group) -> None:
+        """Record what became of the drafts of a step."""
+        tree = group.tree
+        standing = {branch.node for live in group.lives for branch in live.branches}
+        shown = []
+        for live in group.lives:
+            taken = set(standing)
+            for node in list(standing):
+                while node != live.root and node >= 0:
+                    taken.add(node)
+                    node = tree.parent[node]
+            for node in live.drafts:
+                draft = group.drafts[node]
+                shown.append(
+                    {
+                        "request": live.request.id,
+                        "plugin": draft.plugin.name if draft.plugin else None,
+                        "new_token_ids": list(tree.new_tokens(node)),
+                        "leaf": draft.leaf,
+                        "accepted": node in taken,
+                    }
+                )
+        if shown:
+            self._write({"event": "prune", "step": self._step, "drafts": shown})
+
+
+def _names(group: Group) -> list[str]:
+    return [plugin.name for plugin in group.pipeline.plugins]
+
+
+def _top(logits: Tensor) -> list[list[tuple[int, float | None]]]:
+    values, tokens = logits.topk(min(TOP, logits.shape[1]), dim=1)
+    rows = zip(tokens.tolist(), values.tolist(), strict=True)
+    return [[(t, v) for t, v in zip(ts, vs, strict=True) if v != float("-inf")] for ts, vs in rows]

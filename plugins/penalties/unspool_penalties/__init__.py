@@ -1,0 +1,1 @@
+"""Penalties, biases and bans on tokens: a module an idea."""

@@ -1,0 +1,1 @@
+"""Sampling, and the transforms that shape the distribution before it: a module an idea."""
