@@ -89,6 +89,7 @@ PluginItem = Annotated[
 ]
 TokenId = Annotated[int, Field(strict=True, ge=0)]
 Count = Annotated[int, Field(strict=True, ge=1)]
+Quantization = Literal["bitsandbytes-8bit", "bitsandbytes-4bit", "torchao-int8", "torchao-int4"]
 StopString = Annotated[str, Field(min_length=1)]
 
 
@@ -162,7 +163,7 @@ class ModelSettings(_Closed):
         default="auto", description="Of the weights."
     )
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N.")
-    quantization: str | dict[str, Any] | None = Field(default=None, description="A bitsandbytes or torchao scheme.")
+    quantization: Quantization | None = Field(default=None, description="How the weights are quantized at load.")
     revision: str | None = Field(default=None, description="A branch, tag or commit on the hub.")
     trust_remote_code: bool = Field(
         default=False, strict=True, description="Run model code that comes with the weights."

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -83,14 +84,17 @@ class Group:
         self.newly_held: dict[int, Draft] = {}
         """Drafts that the `select` which is running has hung below rows, for the next step."""
         self._asked: dict[str, dict[int, Tensor]] = {}
-        self._live_of: dict[int, Live] = {b.node: live for live in lives for b in live.branches}
-        self._kept: dict[int, Mapping[Any, Tensor]] = {
-            b.node: b.held.readings for live in lives for b in live.branches if b.held
-        }
+        self._kept: dict[int, Mapping[Any, Tensor]] = {}
         for live in lives:
             for branch in live.branches:
-                for node, draft in branch.held.drafts.items() if branch.held else ():
-                    self._remember(node, draft)
+                if branch.held is not None:
+                    self._kept[branch.node] = branch.held.readings
+                    for node, draft in branch.held.drafts.items():
+                        self._remember(node, draft)
+
+    @cached_property
+    def _live_of(self) -> dict[int, Live]:
+        return {branch.node: live for live in self.lives for branch in live.branches}
 
     # ---- drafts -----------------------------------------------------------------------------------------------------
 
@@ -354,12 +358,14 @@ class Group:
     def working_copy(self, rows: Rows, raw: Tensor) -> Tensor:
         """Copy raw logits into the working dtype, end ids banned where a row is below `min_new_tokens`."""
         length = self.tree.length
-        banned = [
-            (row, end)
-            for row, (request, node) in enumerate(zip(rows.request, rows.node, strict=True))
-            if length[node] < (prepared := rows.lives[request].request).limits.min_new_tokens
-            for end in prepared.end_ids
-        ]
+        banned: list[tuple[int, int]] = []
+        if any(live.request.limits.min_new_tokens for live in rows.lives):
+            banned += (
+                (row, end)
+                for row, (request, node) in enumerate(zip(rows.request, rows.node, strict=True))
+                if length[node] < (prepared := rows.lives[request].request).limits.min_new_tokens
+                for end in prepared.end_ids
+            )
         if not banned and not self.pipeline.transforms:
             return raw.to(self.dtype)  # nobody writes to it, so it need not be a copy
         logits = raw.to(self.dtype, copy=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -49,8 +50,7 @@ class Track:
     done: int = 0
 
 
-@dataclass(frozen=True)
-class Share:
+class Share(NamedTuple):
     """What one request runs in a pass of one lane: a piece of its prompt, then nodes, parents first.
 
     `ancestors` only have to be there; `nodes` come after them, and are read.
@@ -61,7 +61,9 @@ class Share:
     ancestors: Sequence[int]
     nodes: Sequence[int] = ()
 
-    def __len__(self) -> int:
+    @property
+    def tokens(self) -> int:
+        """Count the tokens that it runs."""
         return len(self.prompt) + len(self.ancestors) + len(self.nodes)
 
     def first(self, count: int) -> Share:
@@ -143,7 +145,6 @@ class Lane:
 
     def run(self, shares: Sequence[Share], hidden: Sequence[int] = ()) -> Readings:
         """Run one packed pass; read the logits of all `nodes` in it, and of each root whose prompt it completes."""
-        shares = [share for share in shares if len(share)]
         packing = _Packing(self)
         for share in shares:
             packing.add(share)
@@ -153,17 +154,13 @@ class Lane:
             store[torch.from_numpy(packing.slots()).to(store.device)] = output.hidden[layer]
         return Readings(output, packing.row, packing.packed)
 
-    def take(self, live: Live, count: int) -> NDArray[np.int64]:
-        """Take slots for a request. The scheduler has kept them free, and `step.budget` for drafts besides."""
-        if count > self.cache.pool.free:
-            raise RuntimeError(f"{count} cache slots are needed and {self.cache.pool.free} are free: keep to step.budget")
-        return self.cache.pool.take(live.tracks[self].claim, count)
-
-    def place(self, live: Live, node: int, slot: int) -> None:
-        """Put a node that is about to run into a slot."""
-        self.slot[node] = slot
-        self._owner[node] = live.tracks[self].claim
-        self._segments[node] = _appended(self.segments(live, self.tree.parent[node]), slot)
+    def place(self, live: Live, claim: Claim, node: int) -> int:
+        """Put a node that is about to run into a slot. The scheduler has kept one free."""
+        slot = self.slot[node] = self.cache.pool.take_one(claim)
+        self._owner[node] = claim
+        parent = self.tree.parent[node]
+        self._segments[node] = _appended(self._segments.get(parent) or self.segments(live, parent), slot)
+        return slot
 
     def segments(self, live: Live, node: int) -> Segments:
         """Give the slots of a path, the prompt's first, as segments."""
@@ -182,10 +179,6 @@ class Lane:
         if known is not None and len(known) > 8:
             del self._segments[node]
 
-    def position(self, live: Live, node: int) -> int:
-        """Give a node's position in its sequence here."""
-        return len(live.tracks[self].prompt) - 1 + self.tree.length[node]
-
 
 class _Packing:
     """Collects the shares of requests into one batch."""
@@ -201,32 +194,30 @@ class _Packing:
         self.packed: dict[int, int] = {}
 
     def add(self, share: Share) -> None:
-        lane, live = self.lane, share.live
+        lane, live, tree = self.lane, share.live, self.tree
         if share.prompt:
             self._prompt(live, share.prompt)
-        nodes = [*share.ancestors, *share.nodes]
+        nodes = [*share.ancestors, *share.nodes] if share.ancestors else share.nodes
         if not nodes:
             return
-        start = len(self.tokens)
-        fresh = [node for node in nodes if node not in lane.slot]
-        if fresh:
-            for node, slot in zip(fresh, lane.take(live, len(fresh)).tolist(), strict=True):
-                lane.place(live, node, slot)
-        token, base = self.tree.token, len(live.tracks[lane].prompt) - 1
-        silent = start + len(share.ancestors)
-        for node in nodes:
-            at = self.packed[node] = len(self.tokens)
+        track, start, slots = live.tracks[lane], len(self.tokens), lane.slot
+        base, silent = len(track.prompt) - 1, start + len(share.ancestors)
+        for at, node in enumerate(nodes, start):
+            slot = slots.get(node)
+            if slot is None:
+                slot = lane.place(live, track.claim, node)
+            self.packed[node] = at
             if at >= silent:
                 self.row[node] = len(self.wanted)
                 self.wanted.append(at)
-            self.tokens.append(token[node])
-            self.positions.append(base + self.tree.length[node])
-            self.slot_list.append(lane.slot[node])
+            self.tokens.append(tree.token[node])
+            self.positions.append(base + tree.length[node])
+            self.slot_list.append(slot)
         self.spans.append(self._span(live, start, nodes))
 
     def _prompt(self, live: Live, piece: range) -> None:
         lane, track, start = self.lane, live.tracks[self.lane], len(self.tokens)
-        slots = lane.take(live, len(piece))
+        slots = lane.cache.pool.take(track.claim, len(piece))
         track.slots[piece.start : piece.stop] = slots
         track.done = piece.stop
         self.tokens += track.prompt[piece.start : piece.stop].tolist()
@@ -244,7 +235,7 @@ class _Packing:
 
     def _span(self, live: Live, start: int, nodes: Sequence[int]) -> Span:
         lane, parent = self.lane, self.tree.parent
-        if all(parent[node] == before for before, node in zip(nodes, nodes[1:], strict=False)):
+        if len(nodes) == 1 or all(parent[node] == before for before, node in zip(nodes, nodes[1:], strict=False)):
             return Span(start, len(nodes), _context(lane.segments(live, nodes[-1])))
         paths = [_slots(lane.segments(live, node)) for node in nodes]
         context = np.unique(np.concatenate(paths))
@@ -270,7 +261,7 @@ class _Packing:
 
 
 def _appended(segments: Segments, slot: int) -> Segments:
-    if segments and segments[-1] == slot:
+    if segments[-1] == slot:
         return (*segments[:-1], slot + 1)
     return (*segments, slot, slot + 1)
 

@@ -126,8 +126,9 @@ class Loop:
             Rounds(group, self._fail, self.stop_text).run()
             if self.recorder:
                 self.recorder.prune(group)
-            for live in group.lives:
-                group.forget_drafts_of(live)
+            if group.drafts:
+                for live in group.lives:
+                    group.forget_drafts_of(live)
         for live in plan.ready:
             if live.result is None and not live.branches:
                 self._end(live)
@@ -195,7 +196,7 @@ class Loop:
                 if lane is self.main or lane in group.beside():
                     shares += [self._share(group, live, lane) for live in group.lives]
                     hidden.update(group.pipeline.hidden if lane is self.main else ())
-            shares = [share for share in shares if len(share)]
+            shares = [share for share in shares if share.tokens]
             if not shares:
                 continue
             readings = lane.run(shares, sorted(hidden))
@@ -205,14 +206,17 @@ class Loop:
                 for share in shares:
                     counts = share.live.counts
                     counts.forward_passes += 1
-                    counts.rows += len(share)
+                    counts.rows += share.tokens
                     counts.started = counts.started or now
         for group in groups:
             if group.readings is None and group.lives:  # rows that are all held, with no draft to run
                 group.read_nothing()
 
     def _share(self, group: Group, live: Live, lane: Lane) -> Share:
-        share, drafts = self.scheduler.share(live, lane), group.running_drafts(live)
+        share = self.scheduler.share(live, lane)
+        if not group.drafts:
+            return share
+        drafts = group.running_drafts(live)
         if lane is self.main:
             live.counts.drafted += sum(not group.drafts[node].held for node in drafts)
         nodes = dict.fromkeys([*share.nodes, *drafts])
@@ -223,7 +227,7 @@ class Loop:
 
     def _make_sure_of_slots(self, groups: Sequence[Group]) -> None:
         """Fail the youngest requests whose strategies hung more drafts of their own than there are slots."""
-        while True:
+        while any(group.drafts for group in groups):
             needs: dict[Cache, int] = {}
             own: list[tuple[Live, int]] = []
             for group in groups:

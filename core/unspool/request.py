@@ -159,7 +159,7 @@ class Stats:
     total_s: float = 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Result:
     """What a request came to: hypotheses, best first, or an error.
 

@@ -412,9 +412,10 @@ class Rounds:
         by_live: dict[Live, list[int]] = {}
         for row in which:
             by_live.setdefault(rows.lives[rows.request[row]], []).append(row)
+        may_fail = bool(self.pipeline.stateful or decision.spoilt)
         for live, its_rows in by_live.items():
             try:
-                states = self._states_after(decision, its_rows)
+                states = self._states_after(decision, its_rows) if may_fail else {}
             except Exception as error:
                 for base in [b for b, drafts in decision.held.items() if any(d.live is live for d in drafts.values())]:
                     self._prune(decision.held.pop(base))
@@ -481,6 +482,8 @@ class Rounds:
             drafts = decision.held.pop(decision.rows.node[row], None)
             if drafts is not None and not any(b.held and b.held.drafts is drafts for b in after):
                 self._prune(drafts)
+        if not self.group.drafts:
+            accepted: set[Branch] = set()
         accepted = {branch for _, branch in grown if self._ran(branch.node)}
         count = len({b.node for b in accepted if (draft := self.group.drafts.get(b.node)) and not draft.held})
         live.accepted += count

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """A run of packed tokens that share a context: one request's part of a pass.
 
     Args:
@@ -30,7 +29,7 @@ class Span:
     """
 
     start: int
-    count: int
+    count: int  # type: ignore[assignment]
     context: slice | NDArray[np.int64]
     mask: NDArray[np.bool_] | None = None
 

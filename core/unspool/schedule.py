@@ -6,6 +6,7 @@ of the budget, the oldest first. When slots run short the youngest request loses
 
 from __future__ import annotations
 
+import bisect
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -80,6 +81,8 @@ class Scheduler:
         self._preempted.clear()
         self._admit()
         plan, left = Plan(), _Left(self.token_budget)
+        if self._all_fit(plan, left):
+            return plan
         lives = sorted(self.running, key=lambda live: (self._needs_prompt(live), live.order))
         for live in lives:
             if live in self._preempted:
@@ -89,13 +92,29 @@ class Scheduler:
         self._give_to_drafts(plan, left)
         return plan
 
+    def _all_fit(self, plan: Plan, left: _Left) -> bool:
+        """Choose everybody at once, where everybody needs no more than a next token and there is room for all."""
+        nodes = 0
+        for live in self.running:
+            track, branches = live.tracks[self._main], live.branches
+            if len(branches) != 1 or branches[0].held or len(live.tracks) > 1 or track.done < len(track.prompt):
+                return False
+            nodes += 1
+        if not nodes <= min(left.tokens, self._main.cache.pool.free):
+            return False
+        plan.ready, plan.tokens = list(self.running), nodes
+        left.tokens -= nodes
+        left.promised[self._main.cache] = nodes
+        self._give_to_drafts(plan, left)
+        return True
+
     def _choose(self, live: Live, plan: Plan, left: _Left) -> None:
         shares = [(lane, self.share(live, lane)) for lane in self._pass_lanes(live)]
         asked = [
             (lane, self.share(live, lane)) for lane in self._lanes_of(live.request).values() if lane not in dict(shares)
         ]
         before = sum(len(share.prompt) + len(share.ancestors) for _, share in shares)
-        whole = sum(map(len, (share for _, share in shares)))
+        whole = sum(share.tokens for _, share in shares)
         drafts = sum(len(branch.held.drafts) for branch in live.branches if branch.held)
         whole += drafts * len(shares)
         if whole <= left.tokens or (before == 0 and plan.tokens == 0):
@@ -107,18 +126,24 @@ class Scheduler:
             return
         for lane, share in shares:
             piece = share.first(min(left.tokens, len(share.prompt) + len(share.ancestors)))
-            if not len(piece):
+            if not piece.tokens:
                 continue
-            if not self._make_room(live, left, [(lane, len(piece))]):
+            if not self._make_room(live, left, [(lane, piece.tokens)]):
                 return
             plan.pieces.append((lane, piece))
-            plan.tokens += len(piece)
-            left.tokens -= len(piece)
-            if len(piece) < len(share.prompt) + len(share.ancestors):
+            plan.tokens += piece.tokens
+            left.tokens -= piece.tokens
+            if piece.tokens < len(share.prompt) + len(share.ancestors):
                 return
 
     def share(self, live: Live, lane: Lane) -> Share:
         """Say what a request has to run in a lane so that its branches become rows."""
+        track = live.tracks[lane]
+        if len(live.branches) == 1 and track.done == len(track.prompt):
+            branch = live.branches[0]
+            parent = self._tree.parent[branch.node]
+            if parent == NONE or parent in lane.slot:
+                return Share(live, range(0), (), (branch.node,) if branch.held is None else ())
         nodes = list(dict.fromkeys(branch.node for branch in live.branches if branch.held is None))
         standing = list(dict.fromkeys(branch.node for branch in live.branches))
         share = lane.missing(live, standing)
@@ -159,12 +184,13 @@ class Scheduler:
         return True
 
     def _give_to_drafts(self, plan: Plan, left: _Left) -> None:
-        rows = sum(len(live.branches) for live in plan.ready)
+        drafting = [live for live in plan.ready if live.request.pipeline.drafts]
+        rows = sum(len(live.branches) for live in drafting)
         if not rows:
             return
         room = left.tokens
         caches: dict[Cache, int] = {}
-        for live in plan.ready:
+        for live in drafting:
             lanes = [self._main, *self._lanes_of(live.request).values()]
             for lane in lanes:
                 caches[lane.cache] = max(caches.get(lane.cache, 0), sum(other.cache is lane.cache for other in lanes))
@@ -196,7 +222,7 @@ class Scheduler:
     def _admit(self) -> None:
         """Admit the oldest waiting requests while their prompts fit beside what the running ones still need."""
         promised: dict[Cache, int] = {}
-        for live in self.running:
+        for live in self.running if self.waiting else ():
             for lane, track in live.tracks.items():
                 promised[lane.cache] = promised.get(lane.cache, 0) + len(track.prompt) - track.done + len(live.branches)
         while self.waiting and len(self.running) < self.max_running:
@@ -213,7 +239,7 @@ class Scheduler:
                 lane.enter(live, prompt)
             for cache, need in needs.items():
                 promised[cache] = promised.get(cache, 0) + need
-            self.running.append(live)
+            bisect.insort(self.running, live, key=lambda other: other.order)
 
     def _ancestry(self, node: int) -> Iterable[int]:
         while self._tree.parent[node] != NONE:

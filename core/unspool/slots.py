@@ -30,7 +30,8 @@ class SlotPool:
     def __init__(self, size: int) -> None:
         self.size = size
         self.free = size
-        self._used = np.zeros(size, dtype=np.bool_)
+        self._taken = bytearray(size)  # one slot at a time is quicker there, many at once in the array over it
+        self._used = np.frombuffer(self._taken, dtype=np.bool_)
         self._claimed = np.zeros(size, dtype=np.bool_)
 
     def claim(self, length: int) -> Claim:
@@ -55,13 +56,23 @@ class SlotPool:
         self.free -= count
         return np.arange(start, end, dtype=np.int64)
 
+    def take_one(self, claim: Claim) -> int:
+        """Take one slot, the next of the claim if that is free."""
+        slot = claim.cursor
+        if slot >= claim.end or self._taken[slot]:
+            return int(self.take(claim, 1)[0])
+        self._taken[slot] = True
+        claim.cursor = slot + 1
+        self.free -= 1
+        return slot
+
     def give(self, claim: Claim, slot: int) -> None:
         """Free one slot of the holder of `claim`."""
-        assert self._used[slot], "a slot is freed once"
-        self._used[slot] = False
+        assert self._taken[slot], "a slot is freed once"
+        self._taken[slot] = False
         self.free += 1
         cursor = claim.cursor
-        while cursor > claim.start and not self._used[cursor - 1]:
+        while cursor > claim.start and not self._taken[cursor - 1]:
             cursor -= 1
         claim.cursor = cursor
 

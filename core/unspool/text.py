@@ -4,8 +4,8 @@ What a state holds after a token is a small frozen value, so branches share thei
 
 **Detokenizing.** Half a character is held back until the rest of it comes. What the pieces come to is what decoding
 prompt and new tokens together adds to the prompt's own text: a word piece keeps its space, which decoding the new
-tokens alone would lose. Most tokenizers give every token fixed bytes. Those are tabled once, and a token costs a lookup.
-Which rule of spelling applies is not guessed from names: a table is used if it agrees with the tokenizer's own decoding
+tokens alone would lose. Most tokenizers give every token fixed bytes. Those are tabled once, and a token costs a
+lookup. Which rule of spelling applies is not guessed from names: a table is used if it agrees with the tokenizer's own decoding
 of random ids. All others decode a short window twice a token.
 
 **Stop strings.** The first one to be complete ends the text, at its own beginning; of those complete at the same
@@ -17,14 +17,15 @@ from __future__ import annotations
 
 import codecs
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 _SAMPLES, _SAMPLE_LENGTH = 64, 24
+_PROBE = "Ça va, 世界? 🎉\n\tnaïve  x"
 _CONTEXT = 6
-"""Tokens of context that the window keeps: enough for any rule about spaces between neighbours."""
+"""Tokens of the prompt that the window begins with: enough for any rule about spaces between neighbours."""
 _LONGEST_HELD = 16
 """Tokens after which the window gives up waiting: no character has so many bytes, so its text ends in U+FFFD itself."""
 
@@ -109,8 +110,8 @@ class Detokenizer:
         held = len(window) - state.done
         if len(after) <= len(before) or (after.endswith("\ufffd") and held < _LONGEST_HELD):
             return TextState(window=window, done=state.done), ""
-        # The ids just turned into text are the context of the next; what lay before them is forgotten.
-        kept = window[max(0, min(state.done, len(window) - _CONTEXT)) :]
+        # The ids just turned into text are the context of the next: they end with a whole character.
+        kept = window[state.done :]
         return TextState(window=kept, done=len(kept)), after[len(before) :]
 
     def _decode(self, ids: Sequence[int]) -> str:
@@ -134,15 +135,23 @@ class Detokenizer:
         tokens = self.tokenizer.convert_ids_to_tokens(list(range(len(self.tokenizer))))
         special = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         special.update(self.tokenizer.all_special_ids)
-        chance = random.Random(0)
-        samples = [[chance.randrange(len(tokens)) for _ in range(_SAMPLE_LENGTH)] for _ in range(_SAMPLES)]
-        decoded = [self._decode(sample) for sample in samples]
         for spell, strips in ((_spell_bytes, False), (_spell_pieces, False), (_spell_pieces, True)):
             table = [b"" if i in special or t is None else spell(t) for i, t in enumerate(tokens)]
             spelling = _Spelling(table, strips)
-            if all(spelling.decode(sample) == text for sample, text in zip(samples, decoded, strict=True)):
+            if all(spelling.decode(sample) == self._decode(sample) for sample in self._samples(table)):
                 return spelling
         return _Spelling(None, False)
+
+    def _samples(self, table: Sequence[bytes]) -> Iterator[list[int]]:
+        """Draw ids to try a table on: a text of all kinds, and whole tokens at random.
+
+        Broken bytes are no test: where a run of them cannot be decoded, tokenizers differ in how much they replace.
+        """
+        yield self.tokenizer.encode(_PROBE)
+        whole = [i for i, spelled in enumerate(table) if codecs.utf_8_decode(spelled, "ignore")[0].encode() == spelled]
+        chance = random.Random(0)
+        for _ in range(_SAMPLES if whole else 0):
+            yield [chance.choice(whole) for _ in range(_SAMPLE_LENGTH)]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ function is registered under the name: transformers then makes no masks, and eac
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 from transformers import AttentionInterface
@@ -18,13 +18,31 @@ NAME = "unspool"
 """The attention implementation's name, and the keyword that carries the step's plan."""
 
 
+class Call(NamedTuple):
+    """What one layer hands over.
+
+    Args:
+        module: the layer's attention.
+        query: `[1, heads, n, width]`.
+        key: `[1, kv heads, n, width]`.
+        value: `[1, kv heads, n, value width]`.
+        mask: a mask of the model's own making; None where it relies on transformers' masks.
+        settings: the other keyword arguments.
+    """
+
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    settings: dict[str, Any]
+
+
 class Attends(Protocol):
     """What the model's forward carries to each of its layers."""
 
-    def attend(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, settings: dict[str, Any]
-    ) -> Tensor:
-        """Attend `[1, heads, n, width]` queries in the next layer, giving `[1, n, heads, value width]`."""
+    def attend(self, call: Call) -> Tensor:
+        """Attend in the next layer, giving `[1, n, heads, value width]`."""
         ...
 
 
@@ -53,4 +71,4 @@ def attend(
             f"no plan reached {type(module).__name__}: the model does not pass keyword arguments on to its attention, or "
             "was called directly; to use it without Unspool again, call model.set_attn_implementation('sdpa')"
         )
-    return unspool.attend(module, query, key, value, attention_mask, settings), None
+    return unspool.attend(Call(module, query, key, value, attention_mask, settings)), None

@@ -12,9 +12,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from unspool.huggingface.attention import Call
 from unspool.huggingface.pool import Group, Pool
 from unspool.runner import Batch, Span
 
@@ -37,18 +38,16 @@ class Plan:
         self._turn = 0
         self._shares: dict[Group, _Share] = {}
 
-    def attend(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, settings: dict[str, Any]
-    ) -> Tensor:
-        """Write the next layer's keys and values, then attend: `[1, heads, n, width]` -> `[1, n, heads, width]`."""
+    def attend(self, call: Call) -> Tensor:
+        """Write the next layer's keys and values, then attend, giving `[1, n, heads, value width]`."""
         group, row = self._pool.places[self._turn]
         self._turn += 1
         share = self._shares.get(group)
         if share is None:
             share = self._shares[group] = _Share(group, self._pool, self._batch)
-        share.write(row, key, value)
-        sinks = settings.get("s_aux")
-        return share.attend(row, _Queries(group, query, settings["scaling"], settings.get("softcap"), sinks))
+        share.write(row, call.key, call.value)
+        get = call.settings.get
+        return share.attend(row, _Queries(group, call.query, get("scaling"), get("softcap"), get("s_aux")))
 
 
 class _Queries:
@@ -61,25 +60,31 @@ class _Queries:
     __slots__ = ("by_head", "by_token", "scaling", "shape", "sinks", "softcap")
 
     def __init__(
-        self, group: Group, query: Tensor, scaling: float, softcap: float | None, sinks: Tensor | None
+        self, group: Group, query: Tensor, scaling: float | None, softcap: float | None, sinks: Tensor | None
     ) -> None:
         _, heads, tokens, width = query.shape
         self.shape = (1, tokens, heads, group.layer.value_width)
         self.by_head = query.view(group.layer.kv_heads, heads // group.layer.kv_heads, tokens, width)
         self.by_token = self.by_head.permute(2, 0, 1, 3)  # [n, kv heads, group, width]
-        self.scaling, self.softcap, self.sinks = scaling, softcap, sinks
+        self.scaling = width**-0.5 if scaling is None else scaling
+        self.softcap, self.sinks = softcap, sinks
 
-    def one_each(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    def of_many(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         """Attend tokens of a context each: queries `[m, kv heads, group, width]`, keys `[m, kv heads, length, width]`."""
         if self.softcap is None and self.sinks is None:
             return scaled_dot_product_attention(queries, keys, values, mask, scale=self.scaling)
         sinks = None if self.sinks is None else self.sinks.view(1, *self.by_token.shape[1:3], 1)
         return self._scored(queries, keys, values, mask, sinks)
 
-    def together(self, start: int, count: int, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        """Attend tokens of one context, `[1, kv heads, length, width]`; without a mask, each to those up to its own."""
+    def of_span(self, tokens: range, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """Attend tokens that share one context, `[1, kv heads, length, width]`.
+
+        Without a mask, one token sees all of it, and several tokens are the context, each seeing those up to itself.
+        """
+        if len(tokens) == 1:
+            return self.of_many(self.by_token.narrow(0, tokens.start, 1), keys, values, mask)
         shape = (-1, self.by_head.shape[1], -1, -1)
-        queries = self.by_head.narrow(2, start, count)
+        queries = self.by_head.narrow(2, tokens.start, len(tokens))
         keys, values = keys[0].unsqueeze(1).expand(shape), values[0].unsqueeze(1).expand(shape)
         if self.softcap is None and self.sinks is None:
             causal = mask is None
@@ -87,7 +92,7 @@ class _Queries:
         else:
             sinks = None if self.sinks is None else self.sinks.view(*self.by_head.shape[:2], 1, 1)
             if mask is None:
-                mask = queries.new_full((count, count), float("-inf")).triu_(1)
+                mask = queries.new_full((len(tokens), len(tokens)), float("-inf")).triu_(1)
             output = self._scored(queries, keys, values, mask, sinks)
         return output.permute(2, 0, 1, 3)
 
@@ -130,10 +135,8 @@ class _View:
     mask: Tensor | None  # [count, length], added to the scores
 
     def attend(self, group: Group, row: int, queries: _Queries) -> Tensor:
-        start, count = self.tokens.start, len(self.tokens)
-        if count > 1:
-            return queries.together(start, count, self.keys[row], self.values[row], self.mask)
-        return queries.one_each(queries.by_token.narrow(0, start, 1), self.keys[row], self.values[row], self.mask)
+        del group  # the views were made from it
+        return queries.of_span(self.tokens, self.keys[row], self.values[row], self.mask)
 
 
 @dataclass(slots=True)
@@ -145,11 +148,7 @@ class _Pick:
     mask: Tensor | None  # [count, length], added to the scores
 
     def attend(self, group: Group, row: int, queries: _Queries) -> Tensor:
-        keys, values = _picked(group, row, self.index, 1)
-        start, count = self.tokens.start, len(self.tokens)
-        if count > 1:
-            return queries.together(start, count, keys, values, self.mask)
-        return queries.one_each(queries.by_token.narrow(0, start, 1), keys, values, self.mask)
+        return queries.of_span(self.tokens, *_picked(group, row, self.index, 1), self.mask)
 
 
 @dataclass(slots=True)
@@ -166,7 +165,7 @@ class _Gather:
 
     def attend(self, group: Group, row: int, queries: _Queries) -> Tensor:
         keys, values = _picked(group, row, self.index, len(self.tokens))
-        return queries.one_each(queries.by_token.index_select(0, self.rows), keys, values, self.mask)
+        return queries.of_many(queries.by_token.index_select(0, self.rows), keys, values, self.mask)
 
 
 def _picked(group: Group, row: int, index: Tensor, contexts: int) -> tuple[Tensor, Tensor]:

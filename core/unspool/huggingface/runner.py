@@ -38,7 +38,8 @@ class HuggingFaceRunner:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._model = model.eval()
+        model.train(False)
+        self._model = model
         self._device = model.device
         text = model.config.get_text_config(decoder=True)
         own = model.config._attn_implementation
@@ -57,9 +58,11 @@ class HuggingFaceRunner:
             self._pool: Pool | None = None
             probe.compare(self, model)
             self._digest = _digest(model)
-        except ModelError as error:
+            self._pool = None
+        except Exception as error:
             model.set_attn_implementation(own)
-            raise ModelError(f"{type(model).__name__} cannot be run: {error}") from error.__cause__
+            reason = str(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {error}"
+            raise ModelError(f"{type(model).__name__} cannot be run packed: {reason}") from error
 
     @property
     def vocab_size(self) -> int:
@@ -129,7 +132,8 @@ class HuggingFaceRunner:
         """Apply the final norm and the output matrix to an earlier layer: `[n, width]` -> `[n, vocab]`."""
         places = torch.zeros(1, len(hidden), dtype=torch.long, device=self._device)
         plan = _Resume(hidden[None])
-        return self._first(0)(input_ids=places, position_ids=places, use_cache=False, unspool=plan).logits[0]
+        logits: Tensor = self._first(0)(input_ids=places, position_ids=places, use_cache=False, unspool=plan).logits
+        return logits[0]
 
     def _first(self, count: int) -> PreTrainedModel:
         """Give the model with only its first layers, sharing every weight."""
@@ -215,8 +219,10 @@ def _window(text: PreTrainedConfig) -> int | None:
         if kind == "longrope" or "dynamic" in kind:
             first = parameters.get("original_max_position_embeddings")
             first = first or getattr(text, "original_max_position_embeddings", None)
-            if first is None and kind == "longrope" or window is None:
-                raise ModelError(f"its {kind} rope looks at the longest sequence of a batch, and sets no limit below it")
+            if (first is None and kind == "longrope") or window is None:
+                raise ModelError(
+                    f"its {kind} rope looks at a batch's longest sequence, and sets no limit to stay below"
+                )
             window = min(window, first or window)
     return window
 

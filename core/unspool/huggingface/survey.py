@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from unspool.errors import ModelError
+from unspool.huggingface.attention import Call
 from unspool.huggingface.pool import Layer
 
 _RUNS = {"full_attention", "sliding_attention"}
@@ -35,30 +36,29 @@ class Survey:
     modules: list[nn.Module] = field(default_factory=list)
     layers: list[Layer] = field(default_factory=list)
 
-    def attend(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, settings: dict[str, Any]
-    ) -> Tensor:
+    def attend(self, call: Call) -> Tensor:
         """Note one layer's shapes, and give zeros.
 
         Raises:
             ModelError: the layer asks for what we do not do.
         """
+        module, settings = call.module, call.settings
         odd = {name for name, setting in settings.items() if setting is not None} - _HONOURED - _IDLE
         if settings.get("is_causal"):
             odd.discard("is_causal")
-        if mask is not None:
+        if call.mask is not None:
             odd.add("attention_mask")
         if odd:
             raise ModelError(f"its attention asks for {', '.join(sorted(odd))}, which a packed pass cannot honour")
         if not getattr(module, "is_causal", True):
-            raise ModelError(f"{type(module).__name__} attends in both directions: this is no causal language model")
-        if key.shape[2] != query.shape[2] or query.shape[1] % key.shape[1] or settings.get("scaling") is None:
+            raise ModelError(f"{type(module).__name__} looks ahead: this is no causal language model")
+        (_, heads, tokens, _), (_, kv_heads, own, width) = call.query.shape, call.key.shape
+        if own != tokens or heads % kv_heads:
             raise ModelError(f"{type(module).__name__} attends to other tokens than the batch's own")
+        kept = call.value.shape[3]
         self.modules.append(module)
-        self.layers.append(
-            Layer(key.shape[1], key.shape[3], value.shape[3], key.dtype, settings.get("sliding_window"))
-        )
-        return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
+        self.layers.append(Layer(kv_heads, width, kept, call.key.dtype, settings.get("sliding_window")))
+        return call.query.new_zeros(1, tokens, heads, kept)
 
 
 def refuse_by_config(config: PreTrainedConfig) -> None:
@@ -86,18 +86,18 @@ def survey(model: PreTrainedModel) -> tuple[Survey, str, Tensor]:
     Raises:
         ModelError: it cannot be run packed, with the reason.
     """
+    for name in ("position_ids", "logits_to_keep"):
+        if name not in inspect.signature(model.forward).parameters:
+            raise ModelError(f"its forward has no {name}")
     found = Survey()
     token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    try:
-        with torch.inference_mode():
-            logits = model(input_ids=token, position_ids=token, use_cache=False, unspool=found).logits[0]
-    except ModelError:
-        raise
-    except Exception as error:
-        raise ModelError(f"a packed pass fails: {type(error).__name__}: {error}") from error
+    with torch.inference_mode():
+        logits = model(input_ids=token, position_ids=token, use_cache=False, unspool=found).logits[0]
     text = model.config.get_text_config(decoder=True)
     if not found.modules:
-        raise ModelError("its layers do not call transformers' attention interface (it is recurrent, or brings its own)")
+        raise ModelError(
+            "its layers do not call transformers' attention interface (it is recurrent, or brings its own)"
+        )
     kinds = getattr(text, "layer_types", None)
     for number, layer in enumerate(found.layers):
         if kinds and kinds[number] == "sliding_attention" and layer.window is None:

@@ -1,7 +1,7 @@
 """Tiny random networks of real architectures, for checking a runner or a strategy against a model that really attends.
 
 They have a vocabulary of 64, three layers and weights wide enough that the likeliest token changes from place to place.
-The same name gives the same weights on every machine and every version of transformers.
+The same name and seed give the same weights.
 """
 
 from __future__ import annotations
@@ -76,7 +76,11 @@ def tiny_model(arch: str, dtype: torch.dtype = torch.float64, **overrides: Any) 
     """
     seed = overrides.pop("seed", 0)
     config = AutoConfig.for_model(arch, **{**_SIZES, **ARCHITECTURES.get(arch, {}), **overrides})
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, experts_implementation="eager").to(dtype).eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        make: Any = AutoModelForCausalLM.from_config
+        model: PreTrainedModel = make(config, experts_implementation="eager")
+    model.to(dtype).train(False)  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for _, parameter in sorted(model.named_parameters()):

@@ -1,0 +1,44 @@
+# Needs python3 >= 3.11 and make, nothing installed by hand. `make PYTHON=python3.12 install` chooses another Python.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PROJECTS := $(wildcard core/pyproject.toml strategies/*/pyproject.toml plugins/*/pyproject.toml)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-quick lint bench docs clean
+
+help:  ## List the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
+
+install: $(STAMP)  ## Make .venv with everything in it
+
+$(STAMP): requirements.txt requirements-nodeps.txt $(PROJECTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Unspool needs Python 3.11 or newer, this is " + sys.version)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements-nodeps.txt
+	@touch $@
+
+demo: $(STAMP)  ## Stream an answer of a real model, then one batch with several strategies
+	@$(BIN)/python docs/demo/demo.py
+
+test: $(STAMP)  ## Run all tests
+	$(BIN)/python -m pytest
+
+test-quick: $(STAMP)  ## Run the tests that take no longer than a few seconds each
+	$(BIN)/python -m pytest -m 'not slow and not real_model'
+
+lint: $(STAMP)  ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)  ## Compare with other engines; the tables go to benchmarks/
+	$(BIN)/python benchmarks/run.py
+
+docs: $(STAMP)  ## Generate what can be generated
+	$(BIN)/python docs/generate.py
+
+clean:  ## Remove what was built
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

