@@ -145,10 +145,10 @@ class Lane:
 
     def run(self, shares: Sequence[Share], hidden: Sequence[int] = ()) -> Readings:
         """Run one packed pass; read the logits of all `nodes` in it, and of each root whose prompt it completes."""
+        layers = tuple(dict.fromkeys([*hidden, *self.cache.hidden]))
         packing = _Packing(self)
         for share in shares:
             packing.add(share)
-        layers = tuple(dict.fromkeys([*hidden, *self.cache.hidden]))
         output = self.cache.runner.forward(packing.batch(layers))
         for layer, store in self.cache.hidden.items():
             store[torch.from_numpy(packing.slots()).to(store.device)] = output.hidden[layer]

@@ -20,6 +20,9 @@ from unspool.request import PreparedRequest
 from unspool.tree import NONE, Tree
 
 
+NO_PROMPT = range(0)
+
+
 @dataclass(eq=False)
 class Plan:
     """What runs in this step: requests that have rows, pieces of prompts that give none, and what is left for drafts."""
@@ -143,7 +146,7 @@ class Scheduler:
             branch = live.branches[0]
             parent = self._tree.parent[branch.node]
             if parent == NONE or parent in lane.slot:
-                return Share(live, range(0), (), (branch.node,) if branch.held is None else ())
+                return Share(live, NO_PROMPT, (), (branch.node,) if branch.held is None else ())
         nodes = list(dict.fromkeys(branch.node for branch in live.branches if branch.held is None))
         standing = list(dict.fromkeys(branch.node for branch in live.branches))
         share = lane.missing(live, standing)
