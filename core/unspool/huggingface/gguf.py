@@ -6,16 +6,20 @@ is written beside its place and renamed into it, so that it is whole or absent, 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from gguf import GGUFReader
+from safetensors import SafetensorError, safe_open
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -24,6 +28,7 @@ from unspool.errors import ModelError
 _FORMAT = 1
 """Raised when a conversion must not be used any more."""
 _CHUNK = 1 << 20
+_STALE_S = 24 * 3600
 # These vocabularies were learnt with every digit apart. transformers reads them as GPT-2's, in which digits join a
 # space before them and each other.
 _DIGITS_APART = {"smollm", "starcoder", "refact", "command-r"}
@@ -51,18 +56,21 @@ def converted(file: Path) -> Path:
     place = _cache() / f"{_fingerprint(file)}-{_FORMAT}"
     if _whole(place):
         return place
-    shutil.rmtree(place, ignore_errors=True)
     place.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(dir=place.parent, prefix="draft-"))
-    try:
-        _convert(file, draft)
-        try:
-            draft.rename(place)
-        except OSError:
-            if not _whole(place):  # else another process was quicker
-                raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+    for left in place.parent.glob("draft-*"):  # by a process that was killed
+        if time.time() - left.stat().st_mtime > _STALE_S:
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=place.parent, prefix="draft-", ignore_cleanup_errors=True) as draft:
+        model = Path(draft) / "model"
+        model.mkdir()
+        _convert(file, model)
+        if not _whole(place):  # else another process was quicker
+            if place.exists():
+                place.rename(Path(draft) / "broken")
+            with contextlib.suppress(OSError):
+                model.rename(place)
+    if not _whole(place):
+        raise ModelError(f"{file} could not be converted into {place.parent}")
     return place
 
 
@@ -86,8 +94,6 @@ def _fingerprint(file: Path) -> str:
 
 def _whole(folder: Path) -> bool:
     """Say whether a conversion is there and readable: a file of weights that was cut short is not."""
-    from safetensors import SafetensorError, safe_open
-
     weights = list(folder.glob("*.safetensors"))
     if not weights or not (folder / "config.json").is_file() or not (folder / "tokenizer.json").is_file():
         return False
@@ -129,7 +135,5 @@ def _convert(file: Path, folder: Path) -> None:
 
 def _split(file: Path) -> str:
     """Read which way of splitting text a GGUF file names."""
-    from gguf import GGUFReader
-
     field = GGUFReader(file).fields.get("tokenizer.ggml.pre")
     return str(field.contents()) if field is not None else ""

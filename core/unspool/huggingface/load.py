@@ -80,7 +80,7 @@ def load(
     if revision is not None:
         settings["revision"] = revision
     quantized = {} if quantization is None else {"quantization_config": _quantization(quantization)}
-    source = _source(name)
+    source = local_folder(name)
     try:
         config = AutoConfig.from_pretrained(source, **settings)
         refuse_by_config(config)
@@ -149,7 +149,7 @@ def _quantization(name: str) -> Any:
     return TorchAoConfig(getattr(importlib.import_module("torchao.quantization"), setting)())
 
 
-def _source(name: str) -> str:
+def local_folder(name: str) -> str:
     """Turn a name into what transformers loads from: a folder, or a name on the hub."""
     if name == "smollm2":
         return str(gguf.converted(gguf.smollm2()))

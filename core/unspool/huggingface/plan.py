@@ -70,7 +70,7 @@ class _Queries:
         self.softcap, self.sinks = softcap, sinks
 
     def of_many(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        """Attend tokens of a context each: queries `[m, kv heads, group, width]`, keys `[m, kv heads, length, width]`."""
+        """Attend `[m, kv heads, group, width]` queries to keys `[m, kv heads, length, width]` of their own."""
         if self.softcap is None and self.sinks is None:
             return scaled_dot_product_attention(queries, keys, values, mask, scale=self.scaling)
         sinks = None if self.sinks is None else self.sinks.view(1, *self.by_token.shape[1:3], 1)

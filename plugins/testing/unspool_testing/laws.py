@@ -1,0 +1,123 @@
+"""The laws that every strategy and plugin keeps, each as a function that raises an `AssertionError` where it is broken.
+
+Give them requests on an exact model (`TableModel`, or a tiny network in float64). There they are equalities of tokens,
+finish reasons, order and logprobs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import strategies as st
+
+from unspool.pipeline import Pipeline
+from unspool.plugin import Plugin
+from unspool.request import PreparedRequest, Result
+from unspool.runner import ModelRunner
+from unspool_testing.driver import GOOD, Circumstances, Models, alone, drive
+
+TOLERANCE = 1e-9
+
+
+def check_batch(
+    runner: ModelRunner,
+    requests: Sequence[PreparedRequest],
+    circumstances: Circumstances,
+    models: Models | None = None,
+) -> list[Result]:
+    """Check that each request comes to what it comes to alone, whatever the circumstances. Return what they came to."""
+    expected = alone(runner, requests, models)
+    got = drive(runner, requests, circumstances, models)
+    for number, (one, other) in enumerate(zip(expected, got, strict=True)):
+        check_equal(one, other, f"request {number}, {requests[number].pipeline}: alone, and in {circumstances}")
+    return got
+
+
+def check_speculation(
+    runner: ModelRunner,
+    request: PreparedRequest,
+    plain: Pipeline,
+    drafting: Pipeline,
+    circumstances: Circumstances = GOOD,
+    models: Models | None = None,
+    **parameters: Any,
+) -> Result:
+    """Check that a pipeline with a drafter gives what it gives without, round by round and looking ahead.
+
+    Args:
+        runner: the target.
+        request: what to decode; its own pipeline is replaced.
+        plain: the pipeline without the drafter.
+        drafting: the same with it.
+        circumstances: of the runs with the drafter.
+        models: the models of companions.
+        parameters: the request's own parameters of the drafter, by plugin name.
+
+    Returns:
+        The result with the drafter, round by round.
+    """
+    expected = alone(runner, [with_pipeline(request, plain)], models)[0]
+    assert not plain.drafts and drafting.drafts
+    able = drafting.looks_ahead
+    try:
+        for drafting.looks_ahead in sorted({able, False}, reverse=True):
+            asked = with_pipeline(request, drafting, **parameters)
+            got = drive(runner, [asked], circumstances, models)[0]
+            how = "looking ahead" if drafting.looks_ahead else "round by round"
+            check_equal(expected, got, f"{plain} alone, and {drafting} {how}")
+    finally:
+        drafting.looks_ahead = able
+    return got
+
+
+def check_equal(one: Result, other: Result, about: str = "") -> None:
+    """Check that two results agree in everything but their costs."""
+    if one.error is not None or other.error is not None:
+        assert (type(one.error), str(one.error)) == (type(other.error), str(other.error)), about
+        return
+    assert texts(one) == texts(other), about
+    for first, second in zip(one.hypotheses, other.hypotheses, strict=True):
+        assert second.score == pytest.approx(first.score, abs=TOLERANCE), about
+        assert second.logprobs == pytest.approx(first.logprobs, abs=TOLERANCE), about
+        assert second.stream == first.stream, about
+
+
+def texts(result: Result) -> list[tuple[tuple[int, ...], str]]:
+    """List the token ids and finish reason of each hypothesis, or raise the result's error."""
+    if result.error is not None:
+        raise result.error
+    return [(h.token_ids, h.finish_reason) for h in result.hypotheses]
+
+
+def with_pipeline(request: PreparedRequest, pipeline: Pipeline, **parameters: Any) -> PreparedRequest:
+    """Give a request another pipeline; it keeps its own parameters of the plugins that it had."""
+    from dataclasses import replace
+
+    own = {**pipeline.parameters, **{n: p for n, p in request.parameters.items() if n in pipeline.parameters}}
+    return replace(request, pipeline=pipeline, parameters={**own, **parameters})
+
+
+def with_plugin(pipeline: Pipeline, plugin: Plugin) -> Pipeline:
+    """Give a pipeline with one plugin more, before all others."""
+    return Pipeline(pipeline.strategy, [plugin, *pipeline.plugins[:-1]])
+
+
+@st.composite
+def circumstances(draw: st.DrawFn, requests: int, least_slots: int) -> Circumstances:
+    """Draw circumstances: late arrivals, small pools, small passes, few at once, requests that lose their slots.
+
+    Args:
+        draw: of Hypothesis.
+        requests: how many there are.
+        least_slots: what the largest of them needs.
+    """
+    roomy = draw(st.booleans())
+    return Circumstances(
+        slots=4096 if roomy else least_slots + draw(st.integers(0, 2 * least_slots)),
+        token_budget=512 if draw(st.booleans()) else draw(st.integers(1, 12)),
+        max_running=draw(st.sampled_from([256, 256, 1, 2, 3])),
+        arrivals=draw(st.lists(st.integers(0, 8), min_size=requests, max_size=requests)),
+        preempts=frozenset(draw(st.lists(st.integers(1, 12), max_size=3))),
+    )

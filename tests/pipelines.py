@@ -1,0 +1,70 @@
+"""The pipelines and drafters that the laws are checked with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from small_plugins import (
+    Bias,
+    Calm,
+    EarlyExit,
+    FirstLayers,
+    Forks,
+    Guidance,
+    LookAheadChoice,
+    Mood,
+    NarrowSearch,
+    NoDoubles,
+    Particles,
+    Sated,
+    Tired,
+    Voting,
+)
+
+from unspool.pipeline import Pipeline
+from unspool_greedy import Greedy
+from unspool_penalties.repetition import RepetitionPenalty
+from unspool_sample.mirostat import Mirostat
+from unspool_sample.sample import Sample
+from unspool_sample.temperature import Temperature
+from unspool_sample.top_k import TopK
+from unspool_testing.drafters import DraftModel, GuessChains, GuessTrees, Recall
+from unspool_testing.driver import plugin
+
+PIPELINES: Mapping[str, Callable[[], Pipeline]] = {
+    "greedy": lambda: Pipeline(plugin(Greedy)),
+    "sample": lambda: Pipeline(plugin(Sample), [plugin(Temperature, temperature=1.3), plugin(TopK, k=3)]),
+    "uniform": lambda: Pipeline(plugin(Sample, noise="uniform"), [plugin(RepetitionPenalty, penalty=1.3)]),
+    "mirostat": lambda: Pipeline(plugin(Sample), [plugin(Mirostat, tau=1.5, eta=0.5)]),
+    "calm": lambda: Pipeline(plugin(Greedy), [plugin(Tired), plugin(Calm)]),
+    "grammar": lambda: Pipeline(plugin(Sample), [plugin(Bias), plugin(NoDoubles), plugin(Sated)]),
+    "guidance": lambda: Pipeline(plugin(Sample), [plugin(Guidance)]),
+    "layers": lambda: Pipeline(plugin(Greedy), [plugin(FirstLayers), plugin(EarlyExit)]),
+    "mood": lambda: Pipeline(plugin(Sample), [plugin(Mood), plugin(Tired)]),
+    "mood and layers": lambda: Pipeline(plugin(Sample), [plugin(Mood), plugin(FirstLayers), plugin(Guidance)]),
+    "forks": lambda: Pipeline(plugin(Forks), [plugin(Tired)]),
+    "voting": lambda: Pipeline(plugin(Voting), [plugin(Calm)]),
+    "search": lambda: Pipeline(plugin(NarrowSearch, children=2, width=2)),
+    "search, grammar": lambda: Pipeline(
+        plugin(NarrowSearch, children=3, width=3, enough=3), [plugin(NoDoubles), plugin(Calm), plugin(Guidance)]
+    ),
+    "particles": lambda: Pipeline(plugin(Particles), [plugin(Tired)]),
+    "choice": lambda: Pipeline(plugin(LookAheadChoice)),
+    "choice, grammar": lambda: Pipeline(
+        plugin(LookAheadChoice, k=2, by="likeness"), [plugin(NoDoubles, most=5), plugin(Guidance), plugin(EarlyExit)]
+    ),
+}
+
+DRAFTERS: Mapping[str, Callable[[], object]] = {}
+
+
+def drafters(vocab_size: int, draft_model: str | None = "draft") -> Mapping[str, Callable[[int], object]]:
+    """Give the drafters, each made from a seed."""
+    return {
+        "chains": lambda seed: plugin(GuessChains, seed=seed, vocab_size=vocab_size),
+        "trees": lambda seed: plugin(GuessTrees, seed=seed, vocab_size=vocab_size),
+        "recall": lambda seed: plugin(Recall),
+        "draft model": lambda seed: plugin(DraftModel, model=draft_model, length=2 + seed % 3),
+        "first layers": lambda seed: plugin(DraftModel, layers=1 + seed % 2),
+        "itself": lambda seed: plugin(DraftModel, length=4),
+    }
