@@ -34,8 +34,9 @@ lint: $(STAMP)  ## Check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMP)  ## Compare with other engines; the tables go to benchmarks/
-	$(BIN)/python benchmarks/run.py
+bench: $(STAMP)  ## Compare with other engines
+	$(BIN)/python benchmarks/loop_cost.py
+	$(BIN)/python benchmarks/throughput.py
 
 docs: $(STAMP)  ## Generate what can be generated
 	$(BIN)/python docs/generate.py

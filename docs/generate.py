@@ -3,8 +3,8 @@
     python docs/generate.py            writes them
     python docs/generate.py --check    says which are out of date, and exits with 1 if any is
 
-Whole files are written from code alone. In pages written by hand only what stands between `<!-- generated: NAME -->` and
-`<!-- end -->` is. The plugins are those of this workspace, whatever else is installed.
+Whole files are written from code alone. In pages that are written by hand only what stands between
+`<!-- generated: NAME -->` and `<!-- end -->` is. The plugins are those of this workspace, whatever else is installed.
 """
 
 from __future__ import annotations
@@ -37,17 +37,27 @@ from unspool.schema import config_schema
 from unspool.step import Drafts, Step
 
 ROOT = Path(__file__).parents[1]
+PLUGINS = """\
+Every plugin of this repository with its parameters. `unspool plugins` lists what is installed where you are, and
+`unspool plugins NAME` shows one. A bare value sets the parameter in bold: `top_k: 40`. Parameters marked * may differ
+between requests that share their hook calls."""
+HOOKS_READING = """\
+Read [how it works](how-it-works.md) for the whole and [write a strategy](write-a-strategy.md) for a first plugin. `[n]`
+is a shape; integers are int64; floats have the working dtype: float32, or float64 where the model is float64. Only
+`step.raw` has the model's own dtype."""
 NOTE = "<!-- Written by docs/generate.py from the code. Change the code, then run `make docs`. -->"
 
 
-# ---- what there is ------------------------------------------------------------------------------------------------------
+# ---- what there is ---------------------------------------------------------------------------------------------------
 
 
 def projects() -> list[Path]:
     """Find the distributions of the workspace: the core, then the strategies, then the plugins."""
     return [
         ROOT / "core",
-        *sorted(path.parent for folder in ("strategies", "plugins") for path in ROOT.glob(f"{folder}/*/pyproject.toml")),
+        *sorted(
+            path.parent for folder in ("strategies", "plugins") for path in ROOT.glob(f"{folder}/*/pyproject.toml")
+        ),
     ]
 
 
@@ -75,14 +85,16 @@ def plugins_of(folder: Path) -> list[Entry]:
     return sorted(entries, key=lambda entry: not entry.is_strategy)
 
 
-# ---- words --------------------------------------------------------------------------------------------------------------
+# ---- words -----------------------------------------------------------------------------------------------------------
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """Write a Markdown table."""
     lines = [list(head), *[list(row) for row in rows]]
     lines.insert(1, ["---"] * len(lines[0]))
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in lines)
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in lines
+    )
 
 
 def first_line(thing: object) -> str:
@@ -91,25 +103,20 @@ def first_line(thing: object) -> str:
 
 
 def prose(thing: object) -> str:
-    """Give a docstring as Markdown: its `Args`, `Returns` and `Raises` become lists."""
+    """Give a docstring as Markdown: what stands under `Args`, `Returns` and `Raises` becomes lists."""
     lines: list[str] = []
     section = False
     for line in (inspect.getdoc(thing) or "").splitlines():
         if match := re.fullmatch(r"(Args|Returns|Raises):", line):
             section = True
-            lines += ["" if lines and lines[-1] else "", f"*{match[1]}*", ""]
-        elif section and line.startswith("    "):
-            entry = re.fullmatch(r" {4}([\w, ]+): (.*)", line)
-            if entry:
-                lines.append(f"- `{entry[1]}`: {entry[2]}")
-            elif line.startswith("        ") and lines[-1].startswith(("- ", "  ")):
-                lines.append("  " + line.strip())
-            else:
-                lines.append(line.strip() if lines[-1].startswith(("- ", "  ")) is False else "  " + line.strip())
+            lines += [f"*{match[1]}*", ""]
+        elif section and (entry := re.fullmatch(r" {4}([\w, ]+): (.*)", line)):
+            lines.append(f"- `{entry[1]}`: {entry[2]}")
+        elif section and line.startswith(" " * 8):
+            lines.append(f"  {line.strip()}")
         else:
-            section = section and not line.strip()
-            lines.append(line)
-    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
+            lines.append(line.removeprefix(" " * 4) if section else line)
+    return "\n".join(lines).strip()
 
 
 def comment_below(owner: type, name: str) -> str:
@@ -140,7 +147,7 @@ def kind(annotation: Any) -> str:
         return f"list of {inner[0]}" if len(set(inner)) == 1 else f"[{', '.join(inner)}]"
     if isinstance(origin, type):
         return f"map of {kind(arguments[0])} to {kind(arguments[1])}" if len(arguments) == 2 else origin.__name__
-    names = {int: "integer", float: "number", str: "text", bool: "true or false"}
+    names = {int: "integer", float: "number", str: "text", bool: "true or false", Any: "anything"}
     return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
 
 
@@ -150,14 +157,16 @@ def bounds(metadata: Iterable[Any], annotation: Any = None) -> str:
     for part in (annotation, *typing.get_args(annotation)):
         if typing.get_origin(part) is typing.Annotated:
             marks += typing.get_args(part)[1:]
-    words = {"ge": "from {}", "gt": "above {}", "le": "to {}", "lt": "below {}", "min_length": "at least {} long"}
-    found = {}
+    found: dict[str, Any] = {}
     for mark in marks:
         for part in (mark, *getattr(mark, "metadata", ())):
-            for name, phrase in words.items():
+            for name in ("ge", "gt", "le", "lt", "min_length"):
                 if (value := getattr(part, name, None)) is not None:
-                    found[name] = phrase.format(f"2^{value.bit_length() - 1}" if value == 2**63 else value)
-    return ", ".join(found[name] for name in words if name in found)
+                    found[name] = "2^63" if value == 2**63 else value
+    low = f"from {found['ge']}" if "ge" in found else f"above {found['gt']}" if "gt" in found else ""
+    high = f"to {found['le']}" if "le" in found else f"below {found['lt']}" if "lt" in found else ""
+    long = f"at least {found['min_length']} long" if "min_length" in found else ""
+    return ", ".join(filter(None, (f"{low} {high}".strip(), long)))
 
 
 def default(field: Any) -> str:
@@ -170,7 +179,7 @@ def default(field: Any) -> str:
     return f"`{json.dumps(value)}`" if isinstance(value, bool | int | float) else f"`{value}`"
 
 
-# ---- plugins.md, and the table of the README ----------------------------------------------------------------------------
+# ---- plugins.md, and the table of the README -------------------------------------------------------------------------
 
 
 def plugin_table() -> str:
@@ -180,7 +189,9 @@ def plugin_table() -> str:
         path = folder.relative_to(ROOT).as_posix()
         for entry in plugins_of(folder):
             what = "strategy" if entry.is_strategy else ", ".join(_roles(entry.plugin))
-            rows.append([f"`{entry.name}`", what, first_line(entry.plugin), f"[{entry.distribution}]({path}/README.md)"])
+            rows.append(
+                [f"`{entry.name}`", what, first_line(entry.plugin), f"[{entry.distribution}]({path}/README.md)"]
+            )
     return table(["name", "is", "what it does", "from"], rows)
 
 
@@ -192,11 +203,7 @@ def _roles(plugin: type[Plugin]) -> list[str]:
 
 def plugins_page() -> str:
     """Give docs/plugins.md."""
-    parts = [
-        f"{NOTE}\n\n# Plugins\n\nEvery plugin of this repository with its parameters. `unspool plugins` lists what is "
-        "installed where you are, and `unspool plugins NAME` shows one. A bare value sets the parameter in bold: "
-        "`top_k: 40`. Parameters marked * may differ between requests that share their hook calls."
-    ]
+    parts = [f"{NOTE}\n\n# Plugins\n\n{PLUGINS}"]
     for folder in projects():
         if not (entries := plugins_of(folder)):
             continue
@@ -263,7 +270,7 @@ def _at_defaults(entry: Entry) -> Plugin | None:
     return plugin
 
 
-# ---- hooks.md -----------------------------------------------------------------------------------------------------------
+# ---- hooks.md --------------------------------------------------------------------------------------------------------
 
 
 def hooks_page() -> str:
@@ -271,9 +278,7 @@ def hooks_page() -> str:
     module = sys.modules[Hooks.__module__]
     parts = [
         f"{NOTE}\n\n# The hooks\n\n{prose(module).partition(chr(10))[2].strip()}",
-        "Read [how it works](how-it-works.md) for the whole and [write a strategy](write-a-strategy.md) for a first "
-        "plugin. `[n]` is a shape; integers are int64; floats have the working dtype: float32, or float64 where the model "
-        "is float64. Only `step.raw` has the model's own dtype.",
+        HOOKS_READING,
         "## Hooks\n\nA plugin is a subclass of `unspool.Plugin` with methods of these names, each marked `@hookimpl`.",
     ]
     parts += [f"### `{signature(getattr(Hooks, name))}`\n\n{prose(getattr(Hooks, name))}" for name in HOOKS]
@@ -310,16 +315,17 @@ def _flat(thing: object) -> str:
     return re.sub(r"\s+", " ", inspect.getdoc(thing) or "")
 
 
-# ---- parts of pages that are written by hand ----------------------------------------------------------------------------
+# ---- parts of pages that are written by hand -------------------------------------------------------------------------
 
 
 def settings_table(model: type[BaseModel], prefix: str = "") -> str:
     """Give the fields of one section of a config file."""
     rows = []
     for name, field in model.model_fields.items():
-        if field.description and (model is not Variation or name not in ("strategy", "plugins", "replace_plugins", "limits")):
-            shown, bound = kind(field.annotation), bounds(field.metadata, field.annotation)
-            rows.append([f"`{prefix}{name}`", shown + (f", {bound}" if bound else ""), default(field), field.description])
+        if model is Variation and name in ("strategy", "plugins", "replace_plugins", "limits"):
+            continue
+        shown = ", ".join(filter(None, (kind(field.annotation), bounds(field.metadata, field.annotation))))
+        rows.append([f"`{prefix}{name}`", shown, default(field), field.description or ""])
     return table(["field", "type", "default", "meaning"], rows)
 
 
@@ -352,7 +358,14 @@ def arguments_table(owner: type) -> str:
     return table(["field", "meaning"], found)
 
 
+def example() -> str:
+    """Give the module of the example plugin as a snippet."""
+    source = (ROOT / "docs/example-plugin/unspool_runner_up.py").read_text(encoding="utf-8")
+    return f"```python\n{source}```"
+
+
 PARTS: dict[str, Callable[[], str]] = {
+    "example": example,
     "plugins": plugin_table,
     "settings": lambda: settings_table(Variation),
     "limits": lambda: settings_table(LimitSettings, "limits."),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from hypothesis import strategies as st
 from small_plugins import (
     Bias,
     Calm,
@@ -22,6 +23,8 @@ from small_plugins import (
 )
 
 from unspool.pipeline import Pipeline
+from unspool.plugin import Plugin
+from unspool.request import PreparedRequest
 from unspool_greedy import Greedy
 from unspool_penalties.repetition import RepetitionPenalty
 from unspool_sample.mirostat import Mirostat
@@ -29,7 +32,7 @@ from unspool_sample.sample import Sample
 from unspool_sample.temperature import Temperature
 from unspool_sample.top_k import TopK
 from unspool_testing.drafters import DraftModel, GuessChains, GuessTrees, Recall
-from unspool_testing.driver import plugin
+from unspool_testing.driver import plugin, request
 
 PIPELINES: Mapping[str, Callable[[], Pipeline]] = {
     "greedy": lambda: Pipeline(plugin(Greedy)),
@@ -55,16 +58,46 @@ PIPELINES: Mapping[str, Callable[[], Pipeline]] = {
     ),
 }
 
-DRAFTERS: Mapping[str, Callable[[], object]] = {}
+MOST_BRANCHES = {"forks": 4, "search": 2, "search, grammar": 3}
+"""Of pipelines whose requests may have more branches than they begin with."""
 
 
-def drafters(vocab_size: int, draft_model: str | None = "draft") -> Mapping[str, Callable[[int], object]]:
+def drafters(vocab_size: int, draft_model: str | None = "draft") -> Mapping[str, Callable[[int], Plugin]]:
     """Give the drafters, each made from a seed."""
     return {
-        "chains": lambda seed: plugin(GuessChains, seed=seed, vocab_size=vocab_size),
-        "trees": lambda seed: plugin(GuessTrees, seed=seed, vocab_size=vocab_size),
+        "chains": lambda seed: plugin(GuessChains, seed=seed, vocab_size=vocab_size, length=2 + seed % 7),
+        "trees": lambda seed: plugin(GuessTrees, seed=seed, vocab_size=vocab_size, width=1 + seed % 4),
         "recall": lambda seed: plugin(Recall),
         "draft model": lambda seed: plugin(DraftModel, model=draft_model, length=2 + seed % 3),
         "first layers": lambda seed: plugin(DraftModel, layers=1 + seed % 2),
         "itself": lambda seed: plugin(DraftModel, length=4),
     }
+
+
+def slots_for(asked: PreparedRequest, name: str) -> int:
+    """Say how many slots a request needs when it is alone."""
+    pipeline = asked.pipeline
+    branches = MOST_BRANCHES.get(name, pipeline.strategy.start(asked))
+    new = branches * (asked.limits.max_new_tokens - 1) + (3 * branches if pipeline.strategy.holds else 0)
+    prompts = [asked.prompt_ids, *(c.prompt or asked.prompt_ids for c in pipeline.companions.values())]
+    return sum(len(prompt) + new for prompt in prompts)
+
+
+@st.composite
+def requests(draw: st.DrawFn, pipeline: Pipeline, vocab_size: int) -> PreparedRequest:
+    """Draw a request of a pipeline. Token 0 ends a text."""
+    most = draw(st.integers(1, 8))
+    parameters: dict[str, object] = {}
+    if "bias" in pipeline.parameters:
+        parameters["bias"] = Bias.Params(token=draw(st.integers(0, vocab_size - 1)), bias=draw(st.floats(-2, 2)))
+    return request(
+        pipeline,
+        draw(st.lists(st.integers(0, vocab_size - 1), min_size=1, max_size=6)),
+        max_new_tokens=most,
+        min_new_tokens=draw(st.integers(0, most)),
+        end_ids=draw(st.sampled_from([(0,), (0,), (), (0, 2)])),
+        seed=draw(st.integers(0, 2**63 - 1)),
+        n=draw(st.integers(1, 3)),
+        logprobs=draw(st.sampled_from([None, "model", "pipeline"])),
+        parameters=parameters,
+    )

@@ -311,11 +311,11 @@ class Mood(Plugin):
     """Mix in the mean of an earlier layer along the whole path."""
 
     row_local = True
-    path_hidden: ClassVar[Sequence[int]] = (1,)
+    path_hidden: ClassVar[Sequence[int]] = (2,)
 
     @hookimpl
     def logits_transform(self, step: Step, logits: Tensor) -> None:
-        hidden, there = step.path_hidden(1)
+        hidden, there = step.path_hidden(2)
         mean = (hidden * there.unsqueeze(-1)).sum(1) / there.sum(1, keepdim=True)
         logits += 0.5 * step.head(mean).to(logits)
 

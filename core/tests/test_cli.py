@@ -8,17 +8,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import typer
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
 from unspool.cli import app
+from unspool.cli.failure import reported
 from unspool.engine import Engine
+from unspool.errors import DeadEnd, InputError, ModelError, OutputError, PluginError
+from unspool.plugin import Plugin, hookimpl
 from unspool.registry import Registry
 from unspool.runner import Batch, Output
 
@@ -76,6 +79,10 @@ def records(path: Path) -> list[dict[str, Any]]:
 def write_lines(path: Path, *lines: object) -> Path:
     path.write_bytes(b"".join((x if isinstance(x, bytes) else json.dumps(x).encode()) + b"\n" for x in lines))
     return path
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "unspool", *map(str, arguments)]
 
 
 @pytest.fixture
@@ -142,7 +149,9 @@ def test_config_show_says_where_every_value_comes_from(tmp_path: Path) -> None:
     generation = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": 2, "repetition_penalty": 1.1}
     (model / "generation_config.json").write_text(json.dumps(generation))
     path = tmp_path / "c.yaml"
-    path.write_text(f"model: {model}\nplugins: [{{top_p: 0.5}}]\nprofiles:\n  long: {{limits: {{max_new_tokens: 99}}}}\n")
+    path.write_text(
+        f"model: {model}\nplugins: [{{top_p: 0.5}}]\nprofiles:\n  long: {{limits: {{max_new_tokens: 99}}}}\n"
+    )
     shown = unspool("config", "show", "-c", path, "--profile", "long", "-p", "top_k:5", "--json")
     values = {field: (v["value"], v["source"]) for field, v in json.loads(shown.stdout)["values"].items()}
     assert values["plugins.temperature.temperature"] == (0.6, "the model's generation config")
@@ -172,7 +181,7 @@ def test_config_schema_is_json_with_every_plugin() -> None:
         (["--profile", "none"], "no profile 'none'"),
         (["-c", "no/such.yaml"], "cannot be read"),
         (["--dtype", "float12"], "dtype: Input should be"),
-        (["--model", "no/such/folder"], "no/such/folder"),
+        (["--model", "./no/such"], "no/such"),
         (["--system", "S", "--raw"], "chat template"),
         (["--logprobs", "some"], "logprobs"),
     ],
@@ -228,7 +237,9 @@ def test_run_writes_every_result_with_its_seed(bigrams: None, requests: Path, tm
 
 def test_a_line_names_its_own_profile_plugins_and_limits(bigrams: None, tmp_path: Path) -> None:
     config = tmp_path / "c.yaml"
-    config.write_text("limits: {max_new_tokens: 9, ignore_eos: true}\nprofiles:\n  short: {limits: {max_new_tokens: 2}}\n")
+    config.write_text(
+        "limits: {max_new_tokens: 9, ignore_eos: true}\nprofiles:\n  short: {limits: {max_new_tokens: 2}}\n"
+    )
     lines: list[dict[str, Any]] = [
         {"prompt": [1]},
         {"prompt": [1], "profile": "short"},
@@ -317,7 +328,7 @@ def test_results_that_are_there_are_kept_unless_asked_otherwise(bigrams: None, r
         (["in.jsonl", "-o", "no/out.jsonl"], "a folder that is there"),
         (["in.jsonl", "-o", "."], "this is a folder"),
         (["in.jsonl", "-o", "out.jsonl", "-s", "gredy"], "did you mean 'greedy'"),
-        (["in.jsonl", "-o", "out.jsonl", "--model", "no/such"], "no/such"),
+        (["in.jsonl", "-o", "out.jsonl", "--model", "./no/such"], "no/such"),
     ],
 )
 def test_a_wrong_argument_of_run_is_two_and_nothing_is_written(
@@ -370,6 +381,78 @@ def test_a_full_disk_is_three(bigrams: None, requests: Path) -> None:
     assert "No space left on device" in result.stderr
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_behind_stdout_is_three_and_no_traceback() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command("plugins"), stdout=full, stderr=subprocess.PIPE, check=False)
+    assert done.returncode == 3
+    assert done.stderr.decode() == "error: cannot write to stdout: No space left on device\n"
+
+
+def test_a_request_that_fails_is_one_and_one_that_is_wrong_is_two() -> None:
+    for error, code in (
+        (PluginError("x", "select", "oops"), 1),
+        (DeadEnd([1]), 1),
+        (InputError("prompt", "", "something"), 2),
+        (ModelError("no such model"), 2),
+        (OutputError("full"), 3),
+    ):
+        with pytest.raises(typer.Exit) as caught, reported(debug=False):
+            raise error
+        assert caught.value.exit_code == code
+
+
+def test_a_plugin_that_raises_fails_its_own_requests_alone(
+    bigrams: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Breaks(Plugin):
+        row_local = True
+
+        @hookimpl
+        def logits_transform(self, step: Any, logits: Tensor) -> None:
+            raise ValueError("oops")
+
+    registry = Registry.installed().with_plugins({"breaks": Breaks})
+    monkeypatch.setattr(Registry, "installed", classmethod(lambda cls: registry))
+    lines = [{"prompt": [1], "id": "good"}, {"prompt": [1], "id": "bad", "plugins": ["breaks"]}]
+    out = tmp_path / "out.jsonl"
+    assert unspool("run", write_lines(tmp_path / "in.jsonl", *lines), "-o", out).exit_code == 1
+    found = {record["id"]: record for record in records(out)}
+    assert "hypotheses" in found["good"]
+    assert "'breaks' failed in logits_transform" in found["bad"]["error"]["message"]
+
+
+def test_a_run_stops_where_the_engine_was_closed_and_what_is_left_can_be_resumed(
+    requests: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(**options: Any) -> Engine:
+        engine = Engine(Bigrams(), config=options["config"], registry=options["registry"])
+        engine.close()
+        return engine
+
+    monkeypatch.setattr(Engine, "load", load)
+    out = tmp_path / "out.jsonl"
+    assert unspool("run", requests, "-o", out).exit_code == 1
+    assert records(out) == []
+
+
+@pytest.mark.parametrize(("words", "found"), [("generate -p top_", "top_k"), ("generate -c c.yaml --profile h", "hot")])
+def test_the_shell_completes_plugins_and_profiles(tmp_path: Path, words: str, found: str) -> None:
+    (tmp_path / "c.yaml").write_text("profiles: {hot: {}, cold: {}}")
+    asked = f"unspool {words}"
+    environment = {"_UNSPOOL_COMPLETE": "complete_bash", "COMP_WORDS": asked, "COMP_CWORD": str(words.count(" ") + 1)}
+    code = "from unspool.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.argv[0] = 'unspool'; {code}"],
+        env=os.environ | environment,
+        cwd=tmp_path,
+        capture_output=True,
+        check=False,
+    )
+    assert found in done.stdout.decode().split()
+    assert "cold" not in done.stdout.decode()
+
+
 def test_a_disk_that_fills_leaves_complete_lines(
     bigrams: None, requests: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -409,22 +492,14 @@ def test_requests_are_read_from_stdin_and_results_written_to_stdout() -> None:
         assert closed.wait(timeout=60) == 3
 
 
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "unspool", *map(str, arguments)]
-
-
 @pytest.mark.real_model
 class TestRealModel:
     """The commands on SmolLM2, each in a process of its own where that matters."""
 
-    @pytest.fixture(scope="class")
-    def answers(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-        folder = tmp_path_factory.mktemp("real")
-        lines = [{"prompt": f"Name something {c}.", "strategy": "sample"} for c in ("red", "blue", "old", "small") * 6]
-        yield write_lines(folder / "in.jsonl", *lines)
-
     def test_generate_answers_as_a_chat(self) -> None:
-        result = unspool("generate", "What is the capital of France?", "--max-new-tokens", 16, "-s", "greedy", "--stats")
+        result = unspool(
+            "generate", "What is the capital of France?", "--max-new-tokens", 16, "-s", "greedy", "--stats"
+        )
         assert result.exit_code == 0, result.stderr
         assert "Paris" in result.stdout
         assert "forward passes" in result.stderr
@@ -452,7 +527,10 @@ class TestRealModel:
         assert "Traceback" not in error
 
     @pytest.mark.slow
-    def test_a_killed_run_resumes_to_what_it_would_have_been(self, answers: Path, tmp_path: Path) -> None:
+    def test_a_killed_run_resumes_to_what_it_would_have_been(self, tmp_path: Path) -> None:
+        colours = ("red", "blue", "old", "small") * 6
+        lines = [{"prompt": f"Name something {c}.", "strategy": "sample"} for c in colours]
+        answers = write_lines(tmp_path / "in.jsonl", *lines)
         out = tmp_path / "out.jsonl"
         arguments = ["run", answers, "-o", out, "--seed", 3, "--max-new-tokens", 24, "--dtype", "float32"]
         process = subprocess.Popen(command(*arguments), stderr=subprocess.DEVNULL)

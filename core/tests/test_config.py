@@ -300,7 +300,9 @@ def test_another_strategy_takes_the_place_and_forgets_the_parameters_of_the_firs
 def test_the_list_is_replaced_on_demand_and_one_plugin_is_taken_away_by_off() -> None:
     below = defaults({"plugins": ["scale", "switch"], "profiles": {"bare": {"plugins!": ["switch"]}}})
     assert [p.name for p in resolve_request(below, Request(prompt="x", profile="bare")).plugins] == ["switch"]
-    assert [p.name for p in resolve_request(below, Request(prompt="x", plugins=[{"scale": False}])).plugins] == ["switch"]
+    assert [p.name for p in resolve_request(below, Request(prompt="x", plugins=[{"scale": False}])).plugins] == [
+        "switch"
+    ]
     replaced = resolve_request(below, Request(prompt="x", plugins=["scale:3"], replace_plugins=True))
     assert [p.name for p in replaced.plugins] == ["scale"]
 
@@ -312,7 +314,9 @@ def test_a_plugin_replaced_or_added_keeps_the_order_of_the_config() -> None:
 
 
 def test_a_problem_that_layers_make_together_names_the_source() -> None:
-    with pytest.raises(ConfigError, match=r"limits.min_new_tokens: at most max_new_tokens \(3\), not 9 \(from config\)"):
+    with pytest.raises(
+        ConfigError, match=r"limits.min_new_tokens: at most max_new_tokens \(3\), not 9 \(from config\)"
+    ):
         resolve_request(defaults({"limits": {"min_new_tokens": 9}}), Request(prompt="x", max_new_tokens=3))
 
 

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from transformers import GenerationConfig
+import transformers
 
 from unspool.config import Config
 from unspool.errors import ConfigError, InputError
@@ -29,6 +29,7 @@ from unspool.registry import Registry
 from unspool.request import Request
 from unspool.resolved import Defaults, Resolved, resolve_request
 
+MAKE: Any = transformers.GenerationConfig  # it has no types
 REGISTRY = Registry.installed()
 PLUGINS = {meaning.plugin for meaning in FIELDS.values() if isinstance(meaning, AsPlugin)}
 pytestmark = pytest.mark.skipif(not PLUGINS <= {e.name for e in REGISTRY}, reason="needs unspool-sample and -penalties")
@@ -59,7 +60,9 @@ def resolved(generation: dict[str, Any], config: dict[str, Any] | None = None, *
     return resolve_request(defaults, Request(prompt="x", **request))
 
 
-def called(generation: dict[str, Any], config: dict[str, Any] | None = None, **kwargs: Any) -> tuple[Resolved, list[str]]:
+def called(
+    generation: dict[str, Any], config: dict[str, Any] | None = None, **kwargs: Any
+) -> tuple[Resolved, list[str]]:
     defaults = Defaults(Config.parse(config or {}, REGISTRY), REGISTRY, generation)
     request = Request(prompt="x")
     below = resolve_request(defaults, request).merged
@@ -72,7 +75,7 @@ def names(found: Resolved) -> list[str]:
 
 
 def test_every_field_of_a_generation_config_has_a_meaning() -> None:
-    fields = {name for name in vars(GenerationConfig()) if name not in ("_original_object_hash", "_mask_length")}
+    fields = {name for name in vars(MAKE()) if name not in ("_original_object_hash", "_mask_length")}
     assert fields <= FIELDS.keys(), f"no meaning: {sorted(fields - FIELDS.keys())}"
 
 
@@ -93,22 +96,31 @@ def test_the_plugins_stand_in_the_order_of_transformers_processors() -> None:
     import torch
     from transformers.generation.utils import GenerationMixin
 
-    config = GenerationConfig(do_sample=True, max_length=20, **VALUES)
+    config = MAKE(do_sample=True, max_length=20, **VALUES)
     config._eos_token_tensor = torch.tensor([2])
     model: Any = type("Model", (), {"config": type("Config", (), {"is_encoder_decoder": False})()})()
     model._merge_criteria_processor_list = lambda default, custom: default
     theirs = GenerationMixin._get_logits_processor(model, config, input_ids_seq_length=3, device="cpu")
-    words = {"norepeatngram": "no_repeat_ngram", "nobadwords": "bad_words", "suppresstokensatbegin": "begin_suppress_tokens"}
+    words = {
+        "norepeatngram": "no_repeat_ngram",
+        "nobadwords": "bad_words",
+        "suppresstokensatbegin": "begin_suppress_tokens",
+    }
     theirs_names = [type(p).__name__.removesuffix("LogitsProcessor").removesuffix("LogitsWarper") for p in theirs]
     ours = [words.get(n.lower(), n.lower()).replace("_", "").replace("token", "") for n in theirs_names]
-    assert ours == [name.replace("_", "").replace("token", "") for name in names(resolved({"do_sample": True, **VALUES}))]
+    assert ours == [
+        name.replace("_", "").replace("token", "") for name in names(resolved({"do_sample": True, **VALUES}))
+    ]
 
 
 def test_no_generation_config_is_greedy_and_do_sample_samples_with_transformers_top_k() -> None:
     assert resolved({}).strategy.name == "greedy"
     sampled = resolved({"do_sample": True, "temperature": 0.6})
     assert sampled.strategy.name == "sample"
-    assert {s.name: dict(s.params) for s in sampled.plugins} == {"temperature": {"temperature": 0.6}, "top_k": {"k": 50}}
+    assert {s.name: dict(s.params) for s in sampled.plugins} == {
+        "temperature": {"temperature": 0.6},
+        "top_k": {"k": 50},
+    }
     assert "top_k" not in names(resolved({"do_sample": True, "top_k": 0}))
     assert names(resolved({"temperature": 0.6, "top_p": 0.5})) == []
 
@@ -156,7 +168,9 @@ def test_another_drawing_strategy_keeps_the_model_s_samplers() -> None:
 
 
 def test_what_a_model_asks_for_and_cannot_have_is_a_note_and_no_error() -> None:
-    found = resolved({"guidance_scale": 2.0, "token_healing": True, "own_field": 1, "do_sample": True, "temperature": -3.0})
+    found = resolved(
+        {"guidance_scale": 2.0, "token_healing": True, "own_field": 1, "do_sample": True, "temperature": -3.0}
+    )
     text = "\n".join(found.notes)
     for name in ("guidance_scale", "token_healing", "own_field", "temperature"):
         assert name in text
@@ -220,7 +234,7 @@ def test_an_unknown_keyword_names_the_nearest() -> None:
 
 
 def test_a_generation_config_object_is_read_like_keywords() -> None:
-    config = GenerationConfig(do_sample=True, top_p=0.5, max_new_tokens=3)
+    config = MAKE(do_sample=True, top_p=0.5, max_new_tokens=3)
     found, missing = called({}, **generation_fields(config))
     assert names(found) == ["top_k", "top_p"]
     assert missing == []

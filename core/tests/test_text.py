@@ -8,16 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 from unspool.errors import InputError
 from unspool.prompt import encode_prompt
 from unspool.text import Detokenizer, StopStrings
 
-CORPUS = ["The cat sat on the mat, naïvely.", "hello world hello there", "你好世界 你好", "café 🎉🎉 déjà vu", "a\n\nb  c\td"] * 3
+MAKE: Any = transformers.PreTrainedTokenizerFast  # it has no types
+CORPUS = [
+    "The cat sat on the mat, naïvely.",
+    "hello world hello there",
+    "你好世界 你好",
+    "café 🎉🎉 déjà vu",
+    "a\n\nb  c\td",
+] * 3
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}{% if tools %}T{{ tools | length }}{% endif %}"
@@ -34,12 +41,12 @@ def byte_level() -> Any:
     trainer = trainers.BpeTrainer(vocab_size=330, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
     tokenizer.train_from_iterator(CORPUS, trainer)
     tokenizer.add_tokens([AddedToken("two words", special=False), AddedToken("<tool>", special=True)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", chat_template=TEMPLATE)
+    return MAKE(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", chat_template=TEMPLATE)
 
 
 @cache
 def word_pieces() -> Any:
-    """Make a SentencePiece-like tokenizer with byte fallback (Llama-2, Mistral, Gemma) that puts `<s>` before a text."""
+    """Make a SentencePiece-like tokenizer with byte fallback (Llama-2, Gemma) that puts `<s>` before a text."""
     vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
     characters = sorted({char for text in CORPUS for char in text if char.isascii() and not char.isspace()} | {"▁"})
     for piece in [*characters, "▁h", "▁t", "lo", "▁hel"]:
@@ -52,7 +59,7 @@ def word_pieces() -> Any:
     from tokenizers.processors import TemplateProcessing
 
     tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return MAKE(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 @cache
@@ -62,7 +69,7 @@ def whole_words() -> Any:
     vocab = {piece: i for i, piece in enumerate(["[UNK]", "##s", "##ing", "##ed", *words])}
     tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
     tokenizer.decoder = decoders.WordPiece(cleanup=False)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
+    return MAKE(tokenizer_object=tokenizer, unk_token="[UNK]")
 
 
 TOKENIZERS = {"byte level": byte_level, "word pieces": word_pieces, "whole words": whole_words}
@@ -94,7 +101,9 @@ def test_the_pieces_add_to_the_prompt_what_decoding_both_together_gives(kind: st
     # Byte fallback spoils a whole run of bytes where one is wrong, which no stream can know: whole texts there.
     ids = st.lists(st.integers(0, len(tokenizer) - 1), max_size=12)
     texts = st.text(st.sampled_from("helo t,你é🎉ï"), max_size=12)
-    new = data.draw(ids if kind != "word pieces" else texts.map(lambda t: tokenizer.encode(t, add_special_tokens=False)))
+    new = data.draw(
+        ids if kind != "word pieces" else texts.map(lambda t: tokenizer.encode(t, add_special_tokens=False))
+    )
     prompt = data.draw(st.sampled_from(["", *CORPUS]).map(lambda text: tokenizer.encode(text)))
     assert decode(tokenizer, prompt) + "".join(pieces_of(detokenizer, prompt, new)) == decode(tokenizer, prompt + new)
 
@@ -163,7 +172,8 @@ def test_without_a_tokenizer_there_is_no_text_and_ids_are_taken() -> None:
 
 def scan(stops: list[str], pieces: list[str]) -> tuple[str, list[str]]:
     """Give the text, cut at a stop, and what was shown after each piece."""
-    scanner, text, shown = StopStrings(stops), "", []
+    scanner, text = StopStrings(stops), ""
+    shown: list[str] = []
     state = scanner.start()
     for piece in pieces:
         text += piece
@@ -274,7 +284,7 @@ def test_a_wrong_prompt_is_explained(prompt: Any, options: dict[str, Any], field
 
 
 def test_a_template_that_refuses_the_messages_is_explained() -> None:
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer = MAKE(
         tokenizer_object=byte_level().backend_tokenizer, chat_template="{{ raise_exception('no system turn') }}"
     )
     with pytest.raises(InputError, match="no system turn"):

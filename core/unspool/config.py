@@ -81,9 +81,7 @@ def _placeholder(name: str) -> WithJsonSchema:
     return WithJsonSchema({PLACEHOLDER: name})
 
 
-Strategy = Annotated[
-    PluginSpec, PlainValidator(_read_strategy), PlainSerializer(format_spec), _placeholder("Strategy")
-]
+Strategy = Annotated[PluginSpec, PlainValidator(_read_strategy), PlainSerializer(format_spec), _placeholder("Strategy")]
 PluginItem = Annotated[
     PluginSpec | Off, PlainValidator(_read_spec), PlainSerializer(format_spec), _placeholder("Plugin")
 ]

@@ -111,8 +111,10 @@ class Group:
     ) -> list[int]:
         """Hang drafts for `Step.draft`. Settles at once what each of them is."""
         nodes = []
+        # In select an accepted draft is a row like any other: only what is hung in this call is above something.
+        known = self.drafts if self.readings is None else self.newly_held
         for i, (parent, token) in enumerate(zip(parents, tokens, strict=True)):
-            above = self.drafts.get(parent)
+            above = known.get(parent)
             if parent < 0 or token < 0 or (above is not None and above.leaf is not None):
                 nodes.append(-1)
             else:
@@ -331,7 +333,7 @@ class Group:
         strategy = self.pipeline.strategy
         if not strategy.row_local:
             raise PluginError(strategy.name, "propose", "the strategy is not row_local: it cannot say what it would choose")
-        asked = [i for i, node in enumerate(nodes) if node >= 0]
+        asked = [i for i, node in enumerate(nodes) if node >= 0 and self._runs(node)]  # nothing follows a leaf
         answers = [-1] * len(nodes)
         if not asked:
             return answers

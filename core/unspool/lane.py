@@ -144,15 +144,40 @@ class Lane:
         return Share(live, range(track.done, len(track.prompt)), list(ancestors))
 
     def run(self, shares: Sequence[Share], hidden: Sequence[int] = ()) -> Readings:
-        """Run one packed pass; read the logits of all `nodes` in it, and of each root whose prompt it completes."""
-        layers = tuple(dict.fromkeys([*hidden, *self.cache.hidden]))
+        """Run one packed pass; read the logits of all `nodes` in it, and of each root whose prompt it completes.
+
+        Raises:
+            RuntimeError: there are not slots enough. Then, and if the model raises, nothing has changed.
+        """
+        need, free = sum(share.new_slots(self) for share in shares), self.cache.pool.free
+        if need > free:
+            raise RuntimeError(f"{need} cache slots are needed and {free} are free: keep to step.budget")
+        stored = self.cache.hidden if self.layers is None else {}  # it is the target's own, which runs all layers
+        layers = tuple(dict.fromkeys([*hidden, *stored]))
         packing = _Packing(self)
         for share in shares:
             packing.add(share)
-        output = self.cache.runner.forward(packing.batch(layers))
-        for layer, store in self.cache.hidden.items():
+        try:
+            output = self.cache.runner.forward(packing.batch(layers))
+        except Exception:  # what holds nothing must not pass for run
+            self._undo(shares, packing.fresh)
+            raise
+        for layer, store in stored.items():
             store[torch.from_numpy(packing.slots()).to(store.device)] = output.hidden[layer]
         return Readings(output, packing.row, packing.packed)
+
+    def _undo(self, shares: Sequence[Share], fresh: Sequence[int]) -> None:
+        """Free what a pass that failed was to fill."""
+        for node in fresh:
+            self.free(node)
+        for live, piece in ((share.live, share.prompt) for share in shares if share.prompt):
+            track = live.tracks[self]
+            if track.done == len(track.prompt):
+                del self.slot[live.root]
+                self._segments.pop(live.root, None)
+            track.done = piece.start
+            for slot in track.slots[piece.start : piece.stop].tolist():
+                self.cache.pool.give(track.claim, slot)
 
     def place(self, live: Live, claim: Claim, node: int) -> int:
         """Put a node that is about to run into a slot. The scheduler has kept one free."""
@@ -192,25 +217,31 @@ class _Packing:
         self.wanted: list[int] = []
         self.row: dict[int, int] = {}
         self.packed: dict[int, int] = {}
+        self.fresh: list[int] = []
+        """Nodes that had no slot before."""
 
     def add(self, share: Share) -> None:
         lane, live, tree = self.lane, share.live, self.tree
         if share.prompt:
             self._prompt(live, share.prompt)
-        nodes = [*share.ancestors, *share.nodes] if share.ancestors else share.nodes
+        nodes, silent = share.nodes, frozenset(share.ancestors)
+        if silent or len(nodes) > 1:  # parents first
+            nodes = sorted([*share.ancestors, *nodes], key=tree.length.__getitem__)
         if not nodes:
             return
         track, start, slots = live.tracks[lane], len(self.tokens), lane.slot
-        base, silent = len(track.prompt) - 1, start + len(share.ancestors)
+        base, last = len(track.prompt) - 1, int(track.prompt[-1])
         for at, node in enumerate(nodes, start):
             slot = slots.get(node)
             if slot is None:
                 slot = lane.place(live, track.claim, node)
+                self.fresh.append(node)
             self.packed[node] = at
-            if at >= silent:
+            if node not in silent:
                 self.row[node] = len(self.wanted)
                 self.wanted.append(at)
-            self.tokens.append(tree.token[node])
+            # In a companion's lane the root is the last token of the companion's own prompt.
+            self.tokens.append(last if node == live.root else tree.token[node])
             self.positions.append(base + tree.length[node])
             self.slot_list.append(slot)
         self.spans.append(self._span(live, start, nodes))

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from unspool.errors import AdmissionError, ConfigError, DeadEnd, PluginError, Problem, UnspoolError
+from unspool.errors import ConfigError, DeadEnd, ModelError, PluginError, Problem, UnspoolError
 from unspool.group import Group
 from unspool.lane import Cache, Lane, Share
 from unspool.live import Branch, Live, logprob_list
@@ -199,7 +199,15 @@ class Loop:
             shares = [share for share in shares if share.tokens]
             if not shares:
                 continue
-            readings = lane.run(shares, sorted(hidden))
+            try:
+                readings = lane.run(shares, sorted(hidden))
+            except Exception as error:  # such as too little memory for this batch: those that wait go on
+                fault = ModelError(f"the forward pass failed: {type(error).__name__}: {error}")
+                for share in shares:
+                    self._fail(share.live, fault)
+                for group in groups:
+                    group.lives = [live for live in group.lives if live.result is None]
+                continue
             for group in groups:
                 group.read(lane, readings)
             if lane is self.main:
@@ -220,7 +228,9 @@ class Loop:
         if lane is self.main:
             live.counts.drafted += sum(not group.drafts[node].held for node in drafts)
         nodes = dict.fromkeys([*share.nodes, *drafts])
-        return Share(live, share.prompt, share.ancestors, [n for n in nodes if n != live.root or not share.prompt])
+        # A draft below one branch may be an ancestor of another that is further on.
+        ancestors = [node for node in share.ancestors if node not in nodes]
+        return Share(live, share.prompt, ancestors, [n for n in nodes if n != live.root or not share.prompt])
 
     def _beside(self, groups: Sequence[Group]) -> list[Lane]:
         return [lane for group in groups for lane in group.beside()]

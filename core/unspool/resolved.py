@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -186,8 +185,7 @@ def resolve_request(defaults: Defaults, request: Request, layer: Layer | None = 
         request: its fields that are None come from the layers below.
         layer: stands between the defaults and the request (the keywords of transformers' `generate`).
     """
-    asked = [request.strategy, request.plugins, request.replace_plugins, request.profile]
-    key = json.dumps([*asked, repr(layer)], default=repr)
+    key = repr((request.strategy, request.plugins, request.replace_plugins, request.profile, layer))
     base = defaults._resolved.get(key)
     if base is None:
         between = [layer] if layer else []

@@ -225,6 +225,8 @@ class Rounds:
         held: dict[int, dict[int, Draft]] = {}
         for node, draft in group.newly_held.items():
             held.setdefault(draft.base, {})[node] = draft
+        if not held.keys() <= set(rows.node):
+            raise self._bad("it hung drafts below a node that is no row")
         group.newly_held = {}
         if group.recorder:
             group.recorder.end(step, rows, children, dead, held)

@@ -273,7 +273,7 @@ class Step:
             logits: `[n, vocab]`.
 
         Returns:
-            `[n]` tokens, -1 where nothing would be chosen.
+            `[n]` tokens, -1 at leaves and where nothing would be chosen.
         """
         return self._ints(self.group.propose(self._rows, _list(rows), _list(nodes), logits))
 

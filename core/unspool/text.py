@@ -5,8 +5,8 @@ What a state holds after a token is a small frozen value, so branches share thei
 **Detokenizing.** Half a character is held back until the rest of it comes. What the pieces come to is what decoding
 prompt and new tokens together adds to the prompt's own text: a word piece keeps its space, which decoding the new
 tokens alone would lose. Most tokenizers give every token fixed bytes. Those are tabled once, and a token costs a
-lookup. Which rule of spelling applies is not guessed from names: a table is used if it agrees with the tokenizer's own decoding
-of random ids. All others decode a short window twice a token.
+lookup. Which rule of spelling applies is not guessed from names: a table is used if it agrees with the tokenizer's own
+decoding of random ids. All others decode a short window twice a token.
 
 **Stop strings.** The first one to be complete ends the text, at its own beginning; of those complete at the same
 character, the one that began first. It may begin and end inside tokens. As long as the end of the text may be the

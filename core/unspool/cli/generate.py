@@ -74,8 +74,11 @@ def generate(
 
         with load_engine(defaults) as engine:
             with engine.trace(trace) if trace is not None else nullcontext():
-                show = _print if as_json or several else _stream
-                result = show(engine, messages, seed, as_json)
+                if as_json or several:
+                    result = engine.generate(messages, seed=seed)
+                    _print(result, as_json)
+                else:
+                    result = _stream(engine, messages, seed)
             if stats:
                 _tell_stats(result)
 
@@ -106,27 +109,27 @@ def _messages(prompt: str, system: str | None, raw: bool) -> Any:
     return [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
 
 
-def _stream(engine: Engine, prompt: Any, seed: int | None, as_json: bool) -> Result:
+def _stream(engine: Engine, prompt: Any, seed: int | None) -> Result:
     from unspool.cli.output import write
 
     stream = engine.stream(prompt, seed=seed)
     for piece in stream:
         write(piece.text)
     result = stream.result()
+    if result.error is not None:
+        raise result.error
     write("\n")
     return result
 
 
-def _print(engine: Engine, prompt: Any, seed: int | None, as_json: bool) -> Result:
+def _print(result: Result, as_json: bool) -> None:
     from unspool.cli.output import write
 
-    result = engine.generate(prompt, seed=seed)
     if as_json:
         write(json.dumps(result.to_dict(), ensure_ascii=False) + "\n")
-    else:
-        for number, hypothesis in enumerate(result.hypotheses, 1):
-            write(f"[{number}] {hypothesis.text}\n")
-    return result
+        return
+    for number, hypothesis in enumerate(result.hypotheses, 1):
+        write(f"[{number}] {hypothesis.text}\n")
 
 
 def _tell_stats(result: Result) -> None:

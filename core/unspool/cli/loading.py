@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from unspool.engine import Engine
@@ -19,6 +19,7 @@ def load_engine(defaults: Defaults) -> Engine:
 
         from unspool.engine import Engine
 
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+        quiet: Any = logging  # its functions have no types
+        quiet.set_verbosity_error()
+        quiet.disable_progress_bar()
         return Engine.load(config=defaults, registry=defaults.registry)

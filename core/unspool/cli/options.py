@@ -69,21 +69,15 @@ Model = Annotated[
     str | None,
     typer.Option(help="A folder, a GGUF file, a hub name, or smollm2 (the default).", show_default=False),
 ]
-Dtype = Annotated[
-    str | None, typer.Option(help="auto, float32, bfloat16, float16 or float64.", show_default=False)
-]
+Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16, float16 or float64.", show_default=False)]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.", show_default=False)]
 MaxNewTokens = Annotated[int | None, typer.Option(help="Most new tokens.", show_default=False)]
-MinNewTokens = Annotated[
-    int | None, typer.Option(help="No end before so many new tokens.", show_default=False)
-]
+MinNewTokens = Annotated[int | None, typer.Option(help="No end before so many new tokens.", show_default=False)]
 Stop = Annotated[
     list[str] | None,
     typer.Option(help="A string that ends the text; repeat for more.", show_default=False),
 ]
-Number = Annotated[
-    int | None, typer.Option("-n", "--n", help="How many hypotheses to return.", show_default=False)
-]
+Number = Annotated[int | None, typer.Option("-n", "--n", help="How many hypotheses to return.", show_default=False)]
 Logprobs = Annotated[
     str | None,
     typer.Option(help="Return log-probabilities, of the model or of the pipeline.", show_default=False),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from contextlib import suppress
@@ -35,7 +36,8 @@ def rendered(*parts: RenderableType) -> str:
     """Lay `parts` out for stdout: in colour and to its width where it is a terminal."""
     from rich.console import Console
 
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDE)
+    terminal = sys.stdout.isatty()
+    console = Console(file=io.StringIO(), highlight=False, force_terminal=terminal, width=None if terminal else _WIDE)
     with console.capture() as captured:
         for part in parts:
             console.print(part)

@@ -1,4 +1,7 @@
-"""A file of requests, one JSON object a line, read lazily: what cannot be read becomes an error record, and the rest goes on."""
+"""A file of requests, one JSON object a line, read lazily.
+
+A line that cannot be read becomes an error record, and the rest goes on.
+"""
 
 from __future__ import annotations
 

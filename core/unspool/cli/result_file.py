@@ -132,4 +132,6 @@ class ResultFile:
 
     def _failure(self, error: OSError) -> OutputError:
         where = "stdout" if self.path == "-" else self.path
-        return OutputError(f"cannot write {where}: {error.strerror}; complete lines stay, and --resume goes on from them")
+        return OutputError(
+            f"cannot write {where}: {error.strerror}; complete lines stay, and --resume goes on from them"
+        )

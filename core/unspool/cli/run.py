@@ -46,7 +46,9 @@ def run(
     n: options.Number = None,
     logprobs: options.Logprobs = None,
     raw: options.Raw = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with OUT.jsonl where an earlier run stopped.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with OUT.jsonl where an earlier run stopped.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.jsonl.")] = False,
     trace: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write what every step does, as JSON lines.", show_default=False)
@@ -55,9 +57,10 @@ def run(
 ) -> None:
     """Decode a file of requests.
 
-    A line is {"prompt": ...} and, as it likes, strategy, plugins, profile, max_new_tokens, min_new_tokens, stop, seed, n, id
-    and other fields of a request; they stand above the command line. Results are written as they end. A bad line becomes
-    an error record. Text prompts go through the model's chat template unless --raw or "raw": true says otherwise.
+    A line is {"prompt": ...} with, as it likes, strategy, plugins, profile, max_new_tokens, min_new_tokens, stop, seed,
+    n, id and other fields of a request; they stand above the command line. Results are written as they end. A bad line
+    becomes an error record. Text prompts go through the model's chat template unless --raw or "raw": true says
+    otherwise.
     """
     with reported(debug):
         from unspool.cli.result_file import ResultFile
@@ -128,6 +131,7 @@ def _run_seed(results: ResultFile, chosen: int | None, explicit: int | None) -> 
 def _decode(engine: Engine, source: BinaryIO, results: ResultFile, run_seed: int, total: int | None) -> None:
     """Run what the source holds, and write every result as it ends."""
     from unspool.cli.request_file import BadLine, read_requests
+    from unspool.errors import Closed
     from unspool.noise import derive_seed
 
     bad: deque[BadLine] = deque()
@@ -155,6 +159,8 @@ def _decode(engine: Engine, source: BinaryIO, results: ResultFile, run_seed: int
     with progress:
         for result in engine.run(good()):
             write_bad()
+            if isinstance(result.error, Closed):
+                raise result.error  # the engine is gone, and the request is not done
             results.write(result.to_dict(), run_seed)
             progress.ended(result.stats.new_tokens, failed=result.error is not None)
         write_bad()

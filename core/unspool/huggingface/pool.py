@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +48,8 @@ class Group:
     def __init__(self, layer: Layer, count: int, slots: int, device: torch.device) -> None:
         self.layer, self.slots = layer, slots
         shape = (count, 1, layer.kv_heads, slots)
-        self.keys = torch.zeros(*shape, layer.key_width, dtype=layer.dtype, device=device)
-        self.values = torch.zeros(*shape, layer.value_width, dtype=layer.dtype, device=device)
+        self.keys = _zeros((*shape, layer.key_width), layer.dtype, device)
+        self.values = _zeros((*shape, layer.value_width), layer.dtype, device)
         # Views by row, made once: of everything, and of one long list of heads and slots (the fastest to pick from).
         self.row_keys, self.row_values = self.keys.unbind(0), self.values.unbind(0)
         self.flat_keys = [row.view(-1, layer.key_width) for row in self.row_keys]
@@ -69,3 +71,10 @@ class Pool:
         groups = {layer: Group(layer, layers.count(layer), slots, device) for layer in dict.fromkeys(layers)}
         self.places = [(groups[layer], layers[:number].count(layer)) for number, layer in enumerate(layers)]
         """Layer -> its group, and its row there."""
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Make zeros. In main memory the system gives the pages as they are first written: torch would touch them all."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)

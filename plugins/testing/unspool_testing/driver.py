@@ -19,7 +19,7 @@ from unspool.pipeline import Pipeline
 from unspool.plugin import Plugin
 from unspool.request import Limits, PreparedRequest, Result
 from unspool.runner import ModelRunner
-from unspool_testing.table import TableModel
+from unspool_testing.table import CacheError, TableModel
 
 MOST_STEPS = 5000
 
@@ -65,8 +65,8 @@ def drive(
     After each step what free slots hold is forgotten, where the model can, and `watch` sees the loop.
 
     Raises:
-        AssertionError: a slot, a node, a state or a lane is left at the end, some request ended twice or never, or a
-            step was in vain too often.
+        AssertionError: a slot, a node, a state or a lane is left at the end, some request ended twice or never, or an
+            exact model met a `CacheError`.
     """
     results: dict[int, Result] = {}
     numbers: dict[Live, int] = {}
@@ -74,6 +74,7 @@ def drive(
     def finished(live: Live) -> None:
         assert live.result is not None
         assert numbers[live] not in results, f"request {numbers[live]} ended twice"
+        assert CacheError.__name__ not in str(live.result.error), str(live.result.error)
         results[numbers[live]] = live.result
 
     at_hand = dict(models or {})

@@ -74,8 +74,8 @@ def check_speculation(
 
 def check_equal(one: Result, other: Result, about: str = "") -> None:
     """Check that two results agree in everything but their costs."""
-    if one.error is not None or other.error is not None:
-        assert (type(one.error), str(one.error)) == (type(other.error), str(other.error)), about
+    assert repr(one.error) == repr(other.error), about
+    if one.error is not None:
         return
     assert texts(one) == texts(other), about
     for first, second in zip(one.hypotheses, other.hypotheses, strict=True):

@@ -1,0 +1,55 @@
+"""What is generated is current, and complete."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from unspool.pipeline import HOOKS
+from unspool.plugin import Plugin
+from unspool.step import Step
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def generate() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_generated_file_is_current(generate: ModuleType) -> None:
+    stale = generate.out_of_date()
+    assert not stale, "run `make docs`:\n" + "\n".join(stale.values())
+
+
+def test_the_hook_reference_names_all_that_a_plugin_meets() -> None:
+    page = (ROOT / "docs/hooks.md").read_text(encoding="utf-8")
+    for hook in HOOKS:
+        assert f"### `{hook}(" in page
+    members = [name for name in vars(Step) if not name.startswith("_") and name != "calls_for"]
+    for name in members:
+        assert f"step.{name}" in page
+    for name in vars(Plugin):
+        if not name.startswith("_") and name != "Params":
+            assert f"`{name}" in page, name
+
+
+def test_every_plugin_and_parameter_stands_in_the_tables(generate: ModuleType) -> None:
+    page = (ROOT / "docs/plugins.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    schema = json.loads((ROOT / "docs/config-schema.json").read_text(encoding="utf-8"))
+    for entry in generate.workspace():
+        assert f"### `{entry.name}`" in page
+        assert f"| `{entry.name}` |" in readme
+        assert f"{entry.name}.params" in schema["$defs"]
+        for name, field in entry.plugin.Params.model_fields.items():
+            assert f"`{name}`" in page
+            assert field.description, f"{entry.name}.{name} is not described"
