@@ -22,6 +22,7 @@ from transformers import (
 
 from unspool.errors import InputError, ModelError
 from unspool.huggingface import gguf
+from unspool.huggingface.projections import quicken
 from unspool.huggingface.runner import HuggingFaceRunner
 from unspool.huggingface.survey import refuse_by_config
 
@@ -99,9 +100,10 @@ def load(
         raise ModelError(f"model {name!r} cannot be loaded: {type(error).__name__}: {error}") from error
     if lacking := sorted(report["missing_keys"]):
         raise ModelError(f"model {name!r} is broken: {len(lacking)} weights are missing, such as {lacking[0]}")
-    return LoadedModel(
-        HuggingFaceRunner(model if quantized else model.to(target)), tokenizer, model.generation_config, name
-    )
+    runner = HuggingFaceRunner(model if quantized else model.to(target))
+    if not quantized:
+        quicken(model)
+    return LoadedModel(runner, tokenizer, model.generation_config, name)
 
 
 def from_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> LoadedModel:

@@ -1,0 +1,44 @@
+"""Quicker linear layers compute what the model's own do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from unspool_testing.networks import ARCHITECTURES, tiny_model
+
+from unspool.huggingface.projections import Packed, Part, quicken
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_quickened_model_gives_the_logits_of_the_model(architecture: str) -> None:
+    model = tiny_model(architecture)
+    ids = torch.randint(3, 60, (2, 7), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        before = model(ids, use_cache=False).logits
+        quicken(model)
+        after = model(ids, use_cache=False).logits
+    torch.testing.assert_close(after, before, rtol=1e-9, atol=1e-9)
+
+
+def test_projections_of_one_input_are_joined_and_keep_their_weights() -> None:
+    model = tiny_model("llama")
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    quicken(model)
+    attention = model.get_submodule("model.layers.0.self_attn")
+    mlp = model.get_submodule("model.layers.0.mlp")
+    joined = [attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj]
+    assert all(isinstance(module, Part) for module in joined)
+    assert not isinstance(attention.o_proj, Part)
+    after = model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in weights.items())
+
+
+def test_bfloat16_weights_are_packed_within_rounding() -> None:
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    ids = torch.randint(3, 60, (1, 9), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        before = model(ids, use_cache=False).logits
+        quicken(model)
+        after = model(ids, use_cache=False).logits
+    assert isinstance(model.get_submodule("model.layers.0.self_attn.o_proj"), Packed)
+    torch.testing.assert_close(after, before, rtol=0.05, atol=0.05 * float(before.abs().max()))
