@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+OLDEST := $(VENV)/oldest
 PROJECTS := $(wildcard core/pyproject.toml strategies/*/pyproject.toml plugins/*/pyproject.toml)
 
 .DEFAULT_GOAL := help
@@ -20,11 +21,15 @@ $(STAMP): requirements.txt requirements-nodeps.txt $(PROJECTS)
 	$(BIN)/python -m pip install --quiet --no-deps -r requirements-nodeps.txt
 	@touch $@
 
+$(OLDEST): $(STAMP) requirements-oldest.txt
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $@ -r requirements-oldest.txt
+	@touch $@
+
 demo: $(STAMP)  ## Stream an answer of a real model, then one batch with several strategies
 	@$(BIN)/python docs/demo/demo.py
 
-test: $(STAMP)  ## Run all tests
-	$(BIN)/python -m pytest
+test: $(STAMP) $(OLDEST)  ## Run all tests
+	UNSPOOL_OLDEST_TRANSFORMERS=$(OLDEST) $(BIN)/python -m pytest
 
 test-quick: $(STAMP)  ## Run the tests that take no longer than a few seconds each
 	$(BIN)/python -m pytest -m 'not slow and not real_model'

@@ -7,6 +7,7 @@ their own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -64,17 +65,18 @@ class LookAheadChoice(Plugin):
     """Hold every row once: hang its k likeliest tokens as drafts, and choose when it is known what follows them.
 
     `surprise` prefers the token after which the model is surest; `likeness` the one whose hidden state is least like
-    those on its path (contrastive search, Su et al. 2022).
+    those on its path (contrastive search, Su et al. 2022). Where the best token is `margin` ahead, it is taken at once.
     """
 
     row_local = True
     holds = True
-    hidden: ClassVar[Sequence[int]] = (-1,)
-    path_hidden: ClassVar[Sequence[int]] = (-1,)
+    hidden = (-1,)
+    path_hidden = (-1,)
 
     class Params(Parameters):
         k: int = Field(3, ge=1)
         by: Literal["surprise", "likeness"] = "surprise"
+        margin: float = math.inf
 
     @hookimpl
     def select(self, step: Step, logits: Tensor) -> Growth:
@@ -90,15 +92,38 @@ class LookAheadChoice(Plugin):
                 likeness = torch.cosine_similarity(step.hidden(-1, node).unsqueeze(1), path[row], dim=-1)
                 after = -likeness.masked_fill(~there[row], -torch.inf).amax(-1)
             merit[row, token] = logprob[row, token] + after.to(logits)
-        best, choice = merit.max(-1)
-        ready = (best > -torch.inf).nonzero().squeeze(1)
         fresh = torch.ones(len(logits), dtype=torch.bool)
         fresh[drafts.row] = False
+        clear = fresh & (logprob.topk(2).values.diff().squeeze(1) <= -self.params.margin)
+        fresh &= ~clear
+        merit[clear] = logprob[clear]
+        best, choice = merit.max(-1)
+        ready = (best > -torch.inf).nonzero().squeeze(1)
         for row in fresh.nonzero().squeeze(1).tolist():
             candidates = logprob[row].topk(min(self.params.k, logits.shape[-1]))
             tokens = candidates.indices[candidates.values > -torch.inf]
             step.draft(step.node[row].expand(len(tokens)), tokens)
         return Growth(row=ready, token=choice[ready])
+
+
+class Impatient(Plugin):
+    """Sample, and guess its own next tokens: a strategy's own drafts are never deleted, whatever the budget is."""
+
+    row_local = True
+
+    class Params(Parameters):
+        depth: int = Field(1, ge=1)
+        tokens: tuple[int, ...] = (1, 2, 3)
+
+    @hookimpl
+    def pre_forward(self, step: Step) -> None:
+        nodes, width = step.node, len(self.params.tokens)
+        for _ in range(self.params.depth):
+            nodes = step.draft(nodes.repeat_interleave(width), list(self.params.tokens) * len(nodes))
+
+    @hookimpl
+    def select(self, step: Step, logits: Tensor) -> Growth:
+        return Growth(row=torch.arange(len(logits)), token=(logits + step.gumbel("impatient")).argmax(-1))
 
 
 class Forks(Plugin):
@@ -300,7 +325,7 @@ class EarlyExit(Plugin):
     """Mix in what an earlier layer says through the head (as DoLa does)."""
 
     row_local = True
-    hidden: ClassVar[Sequence[int]] = (1,)
+    hidden = (1,)
 
     @hookimpl
     def logits_transform(self, step: Step, logits: Tensor) -> None:
@@ -311,7 +336,7 @@ class Mood(Plugin):
     """Mix in the mean of an earlier layer along the whole path."""
 
     row_local = True
-    path_hidden: ClassVar[Sequence[int]] = (2,)
+    path_hidden = (2,)
 
     @hookimpl
     def logits_transform(self, step: Step, logits: Tensor) -> None:

@@ -1,8 +1,8 @@
 """What the documentation shows is true: snippets run, configs are valid, commands do as shown, links lead somewhere.
 
 The fences of a page are run in their order. `python` blocks of one page share a namespace; `yaml` and `toml` blocks are
-configs; `json` blocks are lines for `unspool run`; in `console` blocks each `$ unspool` is called, and what stands below
-it must be among what it prints. A command whose shown output begins with `error:` must exit with 2, any other with 0.
+configs; `json` blocks are lines for `unspool run`; in `console` blocks each `$ unspool` is called, and what stands
+below it must be among what it prints. A command whose shown output begins with `error:` must exit with 2, all others 0.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def test_drafters_among_others_change_nothing_whatever_the_circumstances(data: s
     for name in names:
         one = data.draw(requests(MADE[name], VOCAB))
         strategy = MADE[name].strategy
-        able = [d for d in drafters(VOCAB) if strategy.row_local and not strategy.holds or d in ("chains", "trees")]
+        able = [d for d in drafters(VOCAB) if (strategy.row_local and not strategy.holds) or d in ("chains", "trees")]
         drafter = drafters(VOCAB)[data.draw(st.sampled_from(able), "drafter")](data.draw(st.integers(0, 9)))
         plain.append(one)
         drafting.append(with_pipeline(one, with_plugin(MADE[name], drafter)))
@@ -90,4 +90,3 @@ def test_64_requests_of_8_pipelines_in_one_batch_each_give_what_they_give_alone(
     for one, result in zip(asked, got, strict=True):
         check_equal(drive(model, [one], models=MODELS)[0], result, f"{one.pipeline}")
     check_batch(model, asked, Circumstances(slots=150, token_budget=20, arrivals=[i // 4 for i in range(64)]), MODELS)
-

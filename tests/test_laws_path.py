@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -30,10 +32,10 @@ MODELS = {"draft": TableModel(VOCAB, seed=1, memory=1)}
 def test_logprobs_of_the_model_are_those_of_running_every_prefix_from_scratch(data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(sorted(MADE)))
     model = TableModel(VOCAB, seed=data.draw(st.integers(0, 3)))
-    one = data.draw(requests(MADE[name], VOCAB))
-    one = with_pipeline(one, one.pipeline)
-    object.__setattr__(one, "logprobs", "model")
-    bad = Circumstances(token_budget=data.draw(st.integers(1, 20)), preempts=frozenset(data.draw(st.sets(st.integers(1, 9)))))
+    one = replace(data.draw(requests(MADE[name], VOCAB)), logprobs="model")
+    bad = Circumstances(
+        token_budget=data.draw(st.integers(1, 20)), preempts=frozenset(data.draw(st.sets(st.integers(1, 9))))
+    )
     result = drive(model, [one], bad, MODELS)[0]
     for h in result.hypotheses:
         path = one.prompt_ids
@@ -46,8 +48,7 @@ def test_logprobs_of_the_model_are_those_of_running_every_prefix_from_scratch(da
 @given(st.data())
 def test_a_score_without_a_strategys_own_is_the_sum_of_pipeline_logprobs(data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(["greedy", "sample", "mirostat", "grammar", "forks", "choice"]))
-    one = data.draw(requests(MADE[name], VOCAB))
-    object.__setattr__(one, "logprobs", "pipeline")
+    one = replace(data.draw(requests(MADE[name], VOCAB)), logprobs="pipeline")
     for h in drive(TableModel(VOCAB), [one]).pop().hypotheses:
         assert h.score == pytest.approx(sum(h.logprobs or ()), abs=1e-9)
 

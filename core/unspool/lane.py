@@ -53,7 +53,7 @@ class Track:
 class Share(NamedTuple):
     """What one request runs in a pass of one lane: a piece of its prompt, then nodes, parents first.
 
-    `ancestors` only have to be there; `nodes` come after them, and are read.
+    `ancestors` only have to be there; `nodes` are read. A node may be both: one branch stands where another passed.
     """
 
     live: Live
@@ -64,7 +64,12 @@ class Share(NamedTuple):
     @property
     def tokens(self) -> int:
         """Count the tokens that it runs."""
-        return len(self.prompt) + len(self.ancestors) + len(self.nodes)
+        return len(self.prompt) + len(self.nodes) + len(self.silent)
+
+    @property
+    def silent(self) -> frozenset[int]:
+        """Give the ancestors that are not read."""
+        return frozenset(self.ancestors).difference(self.nodes) if self.ancestors else frozenset()
 
     def first(self, count: int) -> Share:
         """Give the part of it that `count` tokens can carry, without readings."""
@@ -73,7 +78,7 @@ class Share(NamedTuple):
 
     def new_slots(self, lane: Lane) -> int:
         """Count the slots that it will take."""
-        return len(self.prompt) + len(self.ancestors) + sum(node not in lane.slot for node in self.nodes)
+        return len(self.prompt) + len(self.silent) + sum(node not in lane.slot for node in self.nodes)
 
 
 class Readings:
@@ -132,11 +137,10 @@ class Lane:
         """Say what must have run before `nodes` can: the rest of the prompt, and ancestors without a slot."""
         track = live.tracks[self]
         ancestors: dict[int, None] = {}
-        wanted = set(nodes)
         for node in nodes:
             chain = []
             parent = self.tree.parent[node]
-            while parent != NONE and parent not in self.slot and parent not in ancestors and parent not in wanted:
+            while parent != NONE and parent not in self.slot and parent not in ancestors:
                 if self.tree.parent[parent] != NONE:  # the root is the prompt's last token
                     chain.append(parent)
                 parent = self.tree.parent[parent]
@@ -224,9 +228,9 @@ class _Packing:
         lane, live, tree = self.lane, share.live, self.tree
         if share.prompt:
             self._prompt(live, share.prompt)
-        nodes, silent = share.nodes, frozenset(share.ancestors)
+        nodes, silent = share.nodes, share.silent
         if silent or len(nodes) > 1:  # parents first
-            nodes = sorted([*share.ancestors, *nodes], key=tree.length.__getitem__)
+            nodes = sorted([*silent, *nodes], key=tree.length.__getitem__)
         if not nodes:
             return
         track, start, slots = live.tracks[lane], len(self.tokens), lane.slot

@@ -98,6 +98,8 @@ class Loop:
 
     def cancel(self, live: Live) -> None:
         """End a request now: its branches become hypotheses as they are, ranked after finished ones."""
+        if live.result is not None:
+            return
         for branch in live.branches:
             live.hypotheses.append(
                 Hypothesis(
@@ -188,7 +190,7 @@ class Loop:
     def _run(self, plan: Plan, groups: Sequence[Group]) -> None:
         """Run the pass: pieces of prompts and all rows and drafts of all groups, then companions for every row."""
         now = time.monotonic()
-        self._make_sure_of_slots(groups)
+        self._make_sure_of_slots(plan, groups)
         for lane in dict.fromkeys([self.main, *self._beside(groups), *(lane for lane, _ in plan.pieces)]):
             shares = [piece for where, piece in plan.pieces if where is lane and piece.live.result is None]
             hidden: set[int] = set()
@@ -228,33 +230,36 @@ class Loop:
         if lane is self.main:
             live.counts.drafted += sum(not group.drafts[node].held for node in drafts)
         nodes = dict.fromkeys([*share.nodes, *drafts])
-        # A draft below one branch may be an ancestor of another that is further on.
-        ancestors = [node for node in share.ancestors if node not in nodes]
-        return Share(live, share.prompt, ancestors, [n for n in nodes if n != live.root or not share.prompt])
+        return Share(live, share.prompt, share.ancestors, [n for n in nodes if n != live.root or not share.prompt])
 
     def _beside(self, groups: Sequence[Group]) -> list[Lane]:
         return [lane for group in groups for lane in group.beside()]
 
-    def _make_sure_of_slots(self, groups: Sequence[Group]) -> None:
-        """Fail the youngest requests whose strategies hung more drafts of their own than there are slots."""
+    def _make_sure_of_slots(self, plan: Plan, groups: Sequence[Group]) -> None:
+        """Make room for drafts that strategies hung over the budget: the youngest request waits, or fails if alone."""
         while any(group.drafts for group in groups):
             needs: dict[Cache, int] = {}
-            own: list[tuple[Live, int]] = []
+            for lane, piece in plan.pieces:
+                needs[lane.cache] = needs.get(lane.cache, 0) + piece.new_slots(lane)
             for group in groups:
                 for live in group.lives:
                     drafts = len(group.running_drafts(live))
-                    own.append((live, drafts))
                     for lane in [self.main, *group.beside()]:
                         new = self.scheduler.share(live, lane).new_slots(lane) + drafts
                         needs[lane.cache] = needs.get(lane.cache, 0) + new
             short = [cache for cache, need in needs.items() if need > cache.pool.free]
-            drafting = [live for live, drafts in own if drafts]
-            if not short or not drafting:
+            if not short:
                 return
-            live = max(drafting, key=lambda live: live.order)
-            self._fail(live, Short(live, needs[short[0]], short[0]).error)
+            youngest = max(self.scheduler.running, key=lambda live: live.order)
             for group in groups:
-                group.lives = [other for other in group.lives if other.result is None]
+                if youngest in group.lives:
+                    group.forget_drafts_of(youngest)
+                    group.lives.remove(youngest)
+            plan.pieces = [(lane, piece) for lane, piece in plan.pieces if piece.live is not youngest]
+            if len(self.scheduler.running) == 1:
+                self._fail(youngest, Short(youngest, needs[short[0]], short[0]).error)
+            else:
+                self.scheduler.preempt(youngest)
 
     # ---- the end of a request ---------------------------------------------------------------------------------------
 

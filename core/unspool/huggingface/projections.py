@@ -77,7 +77,7 @@ def quicken(model: PreTrainedModel) -> None:
     """Replace linear layers of a model on a CPU by quicker ones that compute the same."""
     if model.device.type != "cpu":
         return
-    packs = model.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
+    packs = model.dtype == torch.bfloat16 and torch._C._has_mkldnn
     for names in _siblings(model):
         linears = [model.get_submodule(name) for name in names]
         for name, part in zip(names, _joined([m for m in linears if isinstance(m, nn.Linear)], packs), strict=False):

@@ -1,7 +1,6 @@
 """Drafters that try to be seen: they guess wildly, hang ends and impossible tokens, go past every limit, or are right.
 
-A law says that no drafter changes a text (HOOKS: a child is never chosen because a draft exists). These are the drafters
-to check it with.
+A law says that no drafter changes a text: a child is never chosen because a draft exists. It is checked with these.
 """
 
 from __future__ import annotations
@@ -58,8 +57,9 @@ class GuessTrees(Plugin):
         """Hang the trees."""
         nodes, guess = step.node, _guesses(self.params.seed, step)
         for _ in range(self.params.depth):
-            parents = nodes.unique().repeat_interleave(self.params.width)
-            nodes = step.draft(parents, [guess.randrange(self.params.vocab_size) for _ in parents])
+            parents = nodes.repeat_interleave(self.params.width)
+            drafts = step.draft(parents, [guess.randrange(self.params.vocab_size) for _ in parents])
+            nodes = torch.tensor(sorted(set(drafts.tolist()) - {-1}), dtype=torch.int64)
 
 
 class Recall(Plugin):
@@ -108,7 +108,9 @@ class DraftModel(Plugin):
     def refuse(self, pipeline: Pipeline) -> str | None:
         """Refuse strategies whose choice cannot be asked for row by row."""
         strategy = pipeline.strategy
-        return None if strategy.row_local and not strategy.holds else f"{strategy.name!r} cannot say what it would choose"
+        return (
+            None if strategy.row_local and not strategy.holds else f"{strategy.name!r} cannot say what it would choose"
+        )
 
     @hookimpl
     def pre_forward(self, step: Step) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from unspool.runner import Batch, Output, ModelRunner
+from unspool.runner import Batch, ModelRunner, Output
 
 
 class CountingRunner:

@@ -208,7 +208,9 @@ def _check_batch(batch: Batch, size: int) -> None:
         raise CacheError(f"a slot is written twice in one pass: {sorted(batch.slots.tolist())}")
     if batch.slots.min() < 0 or batch.slots.max() >= size:
         raise CacheError(f"slots {batch.slots.tolist()} outside a pool of {size}")
-    if (np.diff(batch.wanted) <= 0).any() or (len(batch.wanted) and not 0 <= batch.wanted[0] <= batch.wanted[-1] < count):
+    if (np.diff(batch.wanted) <= 0).any() or (
+        len(batch.wanted) and not 0 <= batch.wanted[0] <= batch.wanted[-1] < count
+    ):
         raise CacheError(f"wanted must ascend within the batch: {batch.wanted.tolist()}")
     at = 0
     for span in batch.spans:

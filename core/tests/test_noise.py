@@ -1,0 +1,105 @@
+"""Noise is a pure function of (seed, stream, position, purpose, token), uniform and independent in each of them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from unspool import noise
+
+SEEDS = st.integers(0, 2**63 - 1)
+
+
+def keys(seed: object = 0, stream: object = 0, position: object = 1, purpose: str = "sample") -> Tensor:
+    parts = [torch.as_tensor(part, dtype=torch.int64).reshape(-1) for part in (seed, stream, position)]
+    one, two, three = (part.expand(max(map(len, parts))) for part in parts)
+    return noise.key(one, two, three, noise.purpose_key(purpose))
+
+
+@given(seed=SEEDS, stream=st.integers(0, 2**40), position=st.integers(0, 2**40), purpose=st.text())
+@settings(max_examples=200, deadline=None)
+def test_a_draw_is_a_pure_function_strictly_between_0_and_1(
+    seed: int, stream: int, position: int, purpose: str
+) -> None:
+    row = keys(seed, stream, position, purpose)
+    u = noise.uniform(row)
+    assert 0 < u.item() < 1
+    assert u.dtype == torch.float64
+    among_others = keys([1, seed, 2], [5, stream, 6], [8, position, 9], purpose)
+    assert noise.uniform(among_others)[1] == u[0], "neighbours in a batch change nothing"
+    for dtype in (torch.float32, torch.float64):
+        g = noise.gumbel(row, 50, dtype)
+        assert g.isfinite().all()
+        assert torch.equal(noise.gumbel(among_others, 50, dtype)[1], g[0])
+        assert torch.equal(noise.gumbel(row, 20, dtype)[0], g[0, :20]), "a token's noise knows no vocabulary"
+
+
+def test_extreme_keys_stay_between_0_and_1() -> None:
+    extreme = torch.tensor([0, -1, 2**63 - 1, -(2**63), 1, 4095, -4096])
+    u = noise.uniform(extreme)
+    assert ((u > 0) & (u < 1)).all()
+
+
+COUNT = 20_000
+RANGE = torch.arange(COUNT)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [keys(RANGE), keys(7, RANGE), keys(7, 0, RANGE), keys(RANGE * 2**40), keys(RANGE, RANGE, RANGE)],
+    ids=["seeds", "streams", "positions", "high bits", "all together"],
+)
+def test_draws_along_each_key_are_uniform_and_neighbours_are_independent(row: Tensor) -> None:
+    assert len(set(row.tolist())) == COUNT
+    u = noise.uniform(row)
+    empirical = torch.arange(1, COUNT + 1) / COUNT
+    assert (u.sort().values - empirical).abs().max() * math.sqrt(COUNT) < 2.2  # Kolmogorov and Smirnov at 1e-4
+    for lag in (1, 2, 8):
+        assert abs(torch.corrcoef(torch.stack([u[:-lag], u[lag:]]))[0, 1]) < 4.5 / math.sqrt(COUNT)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (keys(RANGE), keys(RANGE, purpose="other")),
+        (keys(RANGE), keys(RANGE, stream=1)),
+        (keys(RANGE), keys(RANGE, position=2)),
+        (keys(RANGE, 1, 2), keys(RANGE, 2, 1)),
+        (keys(5, RANGE), keys(5, RANGE, 2)),
+    ],
+    ids=["purposes", "streams", "positions", "swapped", "positions of streams"],
+)
+def test_purposes_streams_and_positions_draw_independently(one: Tensor, other: Tensor) -> None:
+    assert not (one == other).any()
+    for first, second in [
+        (noise.uniform(one), noise.uniform(other)),
+        (noise.gumbel(one, 1, torch.float64)[:, 0], noise.gumbel(other, 1, torch.float64)[:, 0]),
+        (noise.uniform(one), noise.gumbel(one, 3, torch.float64)[:, 2]),
+    ]:
+        assert abs(torch.corrcoef(torch.stack([first, second]))[0, 1]) < 4.5 / math.sqrt(COUNT)
+
+
+def test_gumbel_noise_has_its_mean_and_variance_and_tokens_are_independent() -> None:
+    g = noise.gumbel(keys(RANGE), 8, torch.float64)
+    assert g.mean().item() == pytest.approx(0.5772157, abs=0.02)
+    assert g.var().item() == pytest.approx(math.pi**2 / 6, abs=0.05)
+    off = torch.corrcoef(g.T) - torch.eye(8)
+    assert off.abs().max() < 4.5 / math.sqrt(COUNT)
+
+
+def test_the_winner_of_gumbel_noise_has_the_probabilities_of_the_softmax() -> None:
+    logits = torch.tensor([0.0, 1.0, 2.0, -1.0])
+    for dtype in (torch.float32, torch.float64):
+        wins = (logits.to(dtype) + noise.gumbel(keys(RANGE), 4, dtype)).argmax(-1).bincount(minlength=4) / COUNT
+        torch.testing.assert_close(wins, logits.softmax(-1), atol=0.015, rtol=0)
+
+
+def test_a_derived_seed_depends_on_run_and_request_and_stays_in_range() -> None:
+    seeds = {noise.derive_seed(run, f"request {i}") for run in range(20) for i in range(20)}
+    assert len(seeds) == 400
+    assert all(0 <= seed < 2**63 for seed in seeds)
