@@ -54,7 +54,9 @@ PIPELINES: Mapping[str, Callable[[], Pipeline]] = {
     ),
     "particles": lambda: Pipeline(plugin(Particles), [plugin(Tired)]),
     "choice": lambda: Pipeline(plugin(LookAheadChoice)),
-    "choice, hesitant": lambda: Pipeline(plugin(LookAheadChoice, margin=1.0), [plugin(Bias, bias=2.0), plugin(Guidance)]),
+    "choice, hesitant": lambda: Pipeline(
+        plugin(LookAheadChoice, margin=1.0), [plugin(Bias, bias=2.0), plugin(Guidance)]
+    ),
     "impatient": lambda: Pipeline(plugin(Impatient), [plugin(Tired)]),
     "choice, grammar": lambda: Pipeline(
         plugin(LookAheadChoice, k=2, by="likeness"), [plugin(NoDoubles, most=5), plugin(Guidance), plugin(EarlyExit)]
@@ -81,7 +83,9 @@ def slots_for(asked: PreparedRequest, name: str) -> int:
     """Say how many slots a request needs when it is alone."""
     pipeline = asked.pipeline
     branches = MOST_BRANCHES.get(name, pipeline.strategy.start(asked))
-    new = branches * (asked.limits.max_new_tokens - 1) + (3 * branches if pipeline.strategy.holds or name == "impatient" else 0)
+    new = branches * (asked.limits.max_new_tokens - 1) + (
+        3 * branches if pipeline.strategy.holds or name == "impatient" else 0
+    )
     prompts = [asked.prompt_ids, *(c.prompt or asked.prompt_ids for c in pipeline.companions.values())]
     return sum(len(prompt) + new for prompt in prompts)
 

@@ -7,7 +7,6 @@ their own.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -76,7 +75,7 @@ class LookAheadChoice(Plugin):
     class Params(Parameters):
         k: int = Field(3, ge=1)
         by: Literal["surprise", "likeness"] = "surprise"
-        margin: float = math.inf
+        margin: float = 1e9
 
     @hookimpl
     def select(self, step: Step, logits: Tensor) -> Growth:
