@@ -87,7 +87,8 @@ def main() -> None:
     torch.set_num_threads(1)
     pipeline = build_pipeline(PluginSpec("greedy"), [], Registry.installed())
     costs = [milliseconds_a_step(options.rows, 128, pipeline) for _ in range(options.repeats)]
-    print(f"loop: {statistics.median(costs):.2f} ms a step of {options.rows} greedy rows ({min(costs):.2f} to {max(costs):.2f})")
+    middle, spread = statistics.median(costs), f"{min(costs):.2f} to {max(costs):.2f}"
+    print(f"loop: {middle:.2f} ms a step of {options.rows} greedy rows ({spread})")
     print(f"detokenizing: {microseconds_a_token():.1f} us a token")
 
 

@@ -1,10 +1,11 @@
 """Tokens a second against transformers' `generate`, side by side in one run, on the real model.
 
-    python benchmarks/throughput.py [--dtypes float32,bfloat16] [--repeats 3] [--json OUT]
+    python benchmarks/throughput.py [--dtypes float32,bfloat16] [--repeats 3] [--apart] [--json OUT]
 
-Greedy, end ids ignored on both sides, 128 new tokens. Batch 1: a prompt of 128 tokens. Batch 32: ragged prompts of 16 to
-256 tokens (padded on the left for transformers, packed here). The two take turns, so that a change of the machine's
-speed meets both; the figures are medians, and the ratio is the median of the ratios of each pair.
+Greedy, end ids ignored on both sides, 128 new tokens. Batch 1: a prompt of 128 tokens. Batch 32: ragged prompts of 16
+to 256 tokens (padded on the left for transformers, packed here). The two take turns, so that a change of the machine's
+speed meets both; the figures are medians, and the ratio is the median of the ratios of each pair. With `--apart` each
+side has a process of its own. In one process the two sides' OpenMP threads outnumber two cores, and both are slower.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ import argparse
 import json
 import platform
 import statistics
+import subprocess
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +25,9 @@ import transformers
 
 import unspool
 from unspool.huggingface.load import local_folder
+
+
+VOCABULARY = 49152
 
 
 def prompts_of(count: int, vocab: int) -> list[list[int]]:
@@ -35,8 +42,9 @@ def time_transformers(model: Any, prompts: list[list[int]], new: int) -> float:
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    settings = {"do_sample": False, "max_new_tokens": new, "eos_token_id": None, "pad_token_id": 0}
     start = time.perf_counter()
-    out = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=new, eos_token_id=None, pad_token_id=0)
+    out = model.generate(ids, attention_mask=mask, **settings)
     seconds = time.perf_counter() - start
     assert out.shape[1] == longest + new
     return seconds
@@ -52,30 +60,68 @@ def time_unspool(engine: unspool.Engine, prompts: list[list[int]], new: int) -> 
     return seconds
 
 
-def compare(dtype: str, batches: list[int], new: int, repeats: int, device: str) -> list[dict[str, Any]]:
+class Side:
+    """One of the two, with its model loaded, to be timed again and again."""
+
+    def __init__(self, name: str, dtype: str, device: str) -> None:
+        self.name = name
+        if name == "unspool":
+            self._engine = unspool.Engine.load("smollm2", dtype=dtype, device=device)
+        else:
+            folder = local_folder("smollm2")
+            self._model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+            self._model.to(device).eval()
+
+    def seconds(self, batch: int, new: int) -> float:
+        """Time one batch."""
+        prompts = prompts_of(batch, VOCABULARY)
+        if self.name == "unspool":
+            return time_unspool(self._engine, prompts, new)
+        return time_transformers(self._model, prompts, new)
+
+
+class Apart:
+    """A side in a process of its own: neither side's threads disturb the other's."""
+
+    def __init__(self, name: str, dtype: str, device: str) -> None:
+        command = [sys.executable, __file__, "--serve", name, "--dtypes", dtype, "--device", device]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def seconds(self, batch: int, new: int) -> float:
+        """Time one batch there."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        print(batch, new, file=self._process.stdin, flush=True)
+        return float(self._process.stdout.readline())
+
+
+def serve(name: str, dtype: str, device: str) -> None:
+    """Time what the parent asks for, line by line."""
+    side = Side(name, dtype, device)
+    for line in sys.stdin:
+        batch, new = map(int, line.split())
+        print(side.seconds(batch, new), flush=True)
+
+
+def compare(dtype: str, batches: list[int], new: int, repeats: int, device: str, apart: bool) -> list[dict[str, Any]]:
     """Time both sides in turn for each batch size."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(local_folder("smollm2"), dtype=getattr(torch, dtype))
-    model.to(device).eval()
+    kind = Apart if apart else Side
+    sides = [kind(name, dtype, device) for name in ("transformers", "unspool")]
     rows = []
-    with unspool.Engine.load("smollm2", dtype=dtype, device=device) as engine:
-        for batch in batches:
-            prompts = prompts_of(batch, engine.runner.vocab_size)
-            time_transformers(model, prompts, 8)
-            time_unspool(engine, prompts, 8)
-            theirs, ours = [], []
-            for _ in range(repeats):
-                theirs.append(batch * new / time_transformers(model, prompts, new))
-                ours.append(batch * new / time_unspool(engine, prompts, new))
-            ratio = statistics.median(b / a for a, b in zip(theirs, ours, strict=True))
-            row = {
-                "dtype": dtype,
-                "batch": batch,
-                "transformers_tok_s": round(statistics.median(theirs), 1),
-                "unspool_tok_s": round(statistics.median(ours), 1),
-                "ratio": round(ratio, 2),
-            }
-            print(f"| {dtype} | {batch} | {row['transformers_tok_s']} | {row['unspool_tok_s']} | {row['ratio']} |", flush=True)
-            rows.append(row)
+    for batch in batches:
+        for side in sides:
+            side.seconds(batch, 8)
+        speeds = [[batch * new / side.seconds(batch, new) for side in sides] for _ in range(repeats)]
+        theirs, ours = (statistics.median(column) for column in zip(*speeds, strict=True))
+        ratio = statistics.median(b / a for a, b in speeds)
+        row = {
+            "dtype": dtype,
+            "batch": batch,
+            "transformers_tok_s": round(theirs, 1),
+            "unspool_tok_s": round(ours, 1),
+            "ratio": round(ratio, 2),
+        }
+        print(f"| {dtype} | {batch} | {row['transformers_tok_s']} | {row['unspool_tok_s']} | {row['ratio']} |", flush=True)
+        rows.append(row)
     return rows
 
 
@@ -88,7 +134,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", help="write the figures to this file")
+    parser.add_argument("--apart", action="store_true", help="each side in a process of its own")
+    parser.add_argument("--serve", choices=["transformers", "unspool"], help=argparse.SUPPRESS)
     options = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+    if options.serve:
+        serve(options.serve, options.dtypes, options.device)
+        return
     versions = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -97,14 +149,14 @@ def main() -> None:
         "threads": torch.get_num_threads(),
     }
     print(versions)
-    print(f"| dtype | batch | transformers tok/s | unspool tok/s | ratio |\n|---|---|---|---|---|")
+    print("| dtype | batch | transformers tok/s | unspool tok/s | ratio |\n|---|---|---|---|---|")
     rows = []
     for dtype in options.dtypes.split(","):
         batches = [int(batch) for batch in options.batches.split(",")]
-        rows += compare(dtype, batches, options.new, options.repeats, options.device)
+        rows += compare(dtype, batches, options.new, options.repeats, options.device, options.apart)
     if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump({"versions": versions, "rows": rows}, file, indent=2)
+        figures = json.dumps({"versions": versions, "rows": rows}, indent=2)
+        Path(options.json).write_text(figures + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

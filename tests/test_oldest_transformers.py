@@ -22,7 +22,11 @@ def test_greedy_equals_generate_on_every_architecture_with_the_oldest_transforme
     here = Path(__file__).parent
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "test_parity.py", "-k", "tiny"],
-        cwd=here, env=environment, capture_output=True, text=True, check=False,
+        cwd=here,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     assert " passed" in run.stdout and "skipped" not in run.stdout

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from unspool_testing.networks import ARCHITECTURES, tiny_model
 
 import unspool
 from unspool.errors import UnspoolError
 from unspool.huggingface.load import from_model
+from unspool_testing.networks import ARCHITECTURES, tiny_model
 
 DATA = Path(os.environ.get("UNSPOOL_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 NEAR_TIE = 1e-4
@@ -26,9 +26,7 @@ def test_greedy_equals_generate_on_a_tiny_network_in_float64(architecture: str) 
     model = tiny_model(architecture)
     generator = torch.Generator().manual_seed(5)
     vocab = int(model.config.get_text_config().vocab_size)
-    prompts = [
-        torch.randint(3, vocab, (length,), generator=generator).tolist() for length in (1, 2, 5, 9, 17, 33)
-    ]
+    prompts = [torch.randint(3, vocab, (length,), generator=generator).tolist() for length in (1, 2, 5, 9, 17, 33)]
     theirs = [_generated(model, prompt, 24) for prompt in prompts]
     loaded = from_model(model)
     ends = model.generation_config.eos_token_id

@@ -47,7 +47,8 @@ def transform(plugin: Plugin, logits: Tensor) -> None:
 @pytest.mark.parametrize("processor", [hf.RepetitionPenaltyLogitsProcessor(1.4), hf.NoRepeatNGramLogitsProcessor(2)])
 def test_each_row_is_shown_its_own_path_without_padding(processor: Any) -> None:
     logits = torch.randn(4, 6)
-    expected = torch.cat([processor(torch.tensor([p]), row.unsqueeze(0).clone()) for p, row in zip(PATHS, logits)])
+    pairs = zip(PATHS, logits, strict=True)
+    expected = torch.cat([processor(torch.tensor([path]), row.unsqueeze(0).clone()) for path, row in pairs])
     transform(wrap_processor(processor), logits)
     torch.testing.assert_close(logits, expected)
 

@@ -1,5 +1,7 @@
 """The engine: the loop on a thread of its own, and everything that people call.
 
+In short:
+
     engine = unspool.Engine.load("smollm2")
     print(engine.generate("What is the capital of France?", strategy="greedy").text)
 """
@@ -41,10 +43,13 @@ from unspool.runner import ModelRunner
 from unspool.scoring import Given, Score
 from unspool.text import Detokenizer, StopStrings
 from unspool.trace import Recorder
+from unspool.worker import Worker
 from unspool.wrapped import wrap_criteria, wrap_processor
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
+
+    from unspool.huggingface.load import LoadedModel
 
 MAX_RUNNING = 256
 MAX_WAITING = 1024
@@ -65,6 +70,7 @@ class Engine:
         registry: the plugins that may be named; None: those that are installed.
         generation: fields of the model's own generation config (`eos_token_id`, ...).
         models: loads a companion's model by name.
+        worker: the thread that loaded the model, to run it as well.
         settings: fields of `EngineSettings` (`slots`, `token_budget`, ...), over the config's.
     """
 
@@ -77,13 +83,12 @@ class Engine:
         registry: Registry | None = None,
         generation: Mapping[str, Any] | None = None,
         models: Callable[[str], ModelRunner] | None = None,
+        worker: Worker | None = None,
         **settings: Any,
     ) -> None:
         defaults = load_defaults(config, registry or Registry.installed())
         self._defaults = dataclasses.replace(defaults, generation=dict(generation or {}))
         self.settings = _settings(self._defaults.config.engine, settings)
-        if self.settings.threads:
-            torch.set_num_threads(self.settings.threads)
         self.runner, self.tokenizer = runner, tokenizer
         self.detokenizer = Detokenizer(tokenizer)
         slots = self.settings.slots or _slots(runner, self.settings)
@@ -105,7 +110,7 @@ class Engine:
         self._to_cancel: deque[Handle] = deque()
         self._handles: dict[Live, Handle] = {}
         self._wake = threading.Condition()
-        self._thread: threading.Thread | None = None
+        self._worker, self._working = worker, False
         self._closed = False
         self._waiting = 0
         self._given: OrderedDict[tuple[Any, ...], Pipeline] = OrderedDict()
@@ -157,7 +162,19 @@ class Engine:
         chosen["name"] = model or chosen["name"]
         from unspool.huggingface.load import load  # transformers takes seconds to import
 
-        loaded = load(**chosen)
+        threads = _settings(defaults.config.engine, settings).threads
+
+        def loading() -> LoadedModel:
+            if threads:
+                torch.set_num_threads(threads)
+            return load(**chosen)
+
+        worker = Worker()
+        try:
+            loaded = worker.call(loading)
+        except BaseException:
+            worker.stop()
+            raise
         like = {key: chosen[key] for key in ("dtype", "device")}
         return cls(
             loaded.runner,
@@ -165,6 +182,7 @@ class Engine:
             config=defaults,
             generation=generation_fields(loaded.generation_config or {}),
             models=lambda name: load(name, **like).runner,
+            worker=worker,
             **settings,
         )
 
@@ -285,9 +303,7 @@ class Engine:
         own = self._scored("", ids[:1], ids[1:], resolve_request(self._defaults, bare), 0).logprobs if ids[1:] else ()
         return dataclasses.replace(score, prompt_logprobs=own)
 
-    def _scored(
-        self, text: str, ids: tuple[int, ...], wanted: tuple[int, ...], resolved: Resolved, top: int
-    ) -> Score:
+    def _scored(self, text: str, ids: tuple[int, ...], wanted: tuple[int, ...], resolved: Resolved, top: int) -> Score:
         given = Given(Given.Params(token_ids=wanted, top=top))
         given.name = "given"
         pipeline = Pipeline(given, [p for p in resolved.pipeline.plugins if p is not resolved.pipeline.strategy])
@@ -301,10 +317,12 @@ class Engine:
         if isinstance(continuation, str):
             if self.tokenizer is None:
                 raise InputError("continuation", continuation, "token ids: the model has no tokenizer")
-            continuation = self.tokenizer.encode(continuation, add_special_tokens=False)
-        if not continuation:
+            wanted: list[int] = self.tokenizer.encode(continuation, add_special_tokens=False)
+        else:
+            wanted = list(continuation)
+        if not wanted:
             raise InputError("continuation", continuation, "at least one token")
-        _, ids = encode_prompt(None, list(continuation), vocab_size=self.runner.vocab_size)
+        _, ids = encode_prompt(None, wanted, vocab_size=self.runner.vocab_size)
         return ids
 
     # ---- the async twins --------------------------------------------------------------------------------------------
@@ -417,9 +435,9 @@ class Engine:
         with self._wake:
             self._closed = True
             self._wake.notify_all()
-            thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
-            thread.join()
+            worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.stop()
 
     def __enter__(self) -> Engine:
         return self
@@ -479,7 +497,17 @@ class Engine:
             "versions": self._versions,
         }
         return PreparedRequest(
-            id_, ids, pipeline, parameters, limits, resolved.end_ids, seed, resolved.n, resolved.logprobs, text, provenance
+            id=id_,
+            prompt_ids=ids,
+            pipeline=pipeline,
+            parameters=parameters,
+            limits=limits,
+            end_ids=resolved.end_ids,
+            seed=seed,
+            n=resolved.n,
+            logprobs=resolved.logprobs,
+            prompt=text,
+            provenance=provenance,
         )
 
     def _encode(self, request: Request, resolved: Resolved) -> tuple[str, tuple[int, ...]]:
@@ -515,12 +543,13 @@ class Engine:
             if patient:
                 self._wake.wait_for(lambda: self._waiting < self._max_waiting or self._closed)
             elif self._waiting >= self._max_waiting:
-                raise Busy(f"{self._waiting} requests are waiting, and max_waiting is {self._max_waiting}: try again later")
+                raise Busy(f"{self._waiting} requests wait, and max_waiting is {self._max_waiting}: try again later")
             self._waiting += 1
             self._inbox.append(handle)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="unspool", daemon=True)
-                self._thread.start()
+            if not self._working:
+                self._worker = self._worker or Worker()
+                self._worker.start(self._work)
+                self._working = True
             self._wake.notify_all()
         return handle
 
@@ -532,6 +561,8 @@ class Engine:
     def _work(self) -> None:
         """Step for as long as there is something to do."""
         loop = self._loop
+        if self.settings.threads:
+            torch.set_num_threads(self.settings.threads)
         try:
             while True:
                 with self._wake:
@@ -562,9 +593,7 @@ class Engine:
         except Exception as error:
             request = handle.request
             stats = Stats(prompt_tokens=len(request.prompt_ids))
-            handle.finish(
-                Result(request.id, request.prompt, request.prompt_ids, (), stats, error, request.provenance)
-            )
+            handle.finish(Result(request.id, request.prompt, request.prompt_ids, (), stats, error, request.provenance))
             return
         self._handles[handle.live] = handle
 
@@ -630,7 +659,7 @@ def _settings(base: EngineSettings, given: Mapping[str, Any]) -> EngineSettings:
 
 
 def _slots(runner: ModelRunner, settings: EngineSettings) -> int:
-    """Choose the size of the pool: what was asked for in bytes, else half of what is free, and no more than is of use."""
+    """Choose the size of the pool: what was asked for in bytes, else half of what is free, no more than is of use."""
     size = max(1, runner.slot_bytes())
     if settings.memory_bytes is not None:
         return max(1, settings.memory_bytes // size)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -106,9 +107,7 @@ class Group:
         """Give the rows of one request."""
         return Rows.of([(live, branch) for branch in live.branches])
 
-    def hang(
-        self, plugin: Plugin | None, parents: Sequence[int], tokens: Sequence[int], q: Tensor | None
-    ) -> list[int]:
+    def hang(self, plugin: Plugin | None, parents: Sequence[int], tokens: Sequence[int], q: Tensor | None) -> list[int]:
         """Hang drafts for `Step.draft`. Settles at once what each of them is."""
         nodes = []
         # In select an accepted draft is a row like any other: only what is hung in this call is above something.
@@ -277,7 +276,7 @@ class Group:
     def _gather(self, values: Tensor, index: Mapping[int, int], nodes: Sequence[int], kind: Any) -> Tensor:
         at = [index.get(node, -1) for node in nodes]
         if -1 not in at:
-            if at and at[-1] - at[0] == len(at) - 1 and all(b - a == 1 for a, b in zip(at, at[1:], strict=False)):
+            if at and at[-1] - at[0] == len(at) - 1 and all(b - a == 1 for a, b in pairwise(at)):
                 return values[at[0] : at[0] + len(at)]
             return values[torch.tensor(at, dtype=torch.int64, device=values.device)]
         rows = []
@@ -332,7 +331,7 @@ class Group:
         """Answer `Step.propose`."""
         strategy = self.pipeline.strategy
         if not strategy.row_local:
-            raise PluginError(strategy.name, "propose", "the strategy is not row_local: it cannot say what it would choose")
+            raise PluginError(strategy.name, "propose", "it is not row_local: it cannot say what it would choose")
         asked = [i for i, node in enumerate(nodes) if node >= 0 and self._runs(node)]  # nothing follows a leaf
         answers = [-1] * len(nodes)
         if not asked:

@@ -101,7 +101,7 @@ class Handle:
         if any(final):
             with self.changed:
                 for stream, tokens in zip(self.final, final, strict=False):
-                    stream += tokens
+                    stream.extend(tokens)
                 self._notify()
 
     def finish(self, result: Result) -> None:
@@ -161,9 +161,7 @@ class Stream:
             pieces = [self._rest(index, writer, result) for index, writer in enumerate(self._writers)]
         else:
             return []
-        return [
-            Piece(text, tuple(tokens), index) for index, (text, tokens) in enumerate(pieces) if text or tokens
-        ]
+        return [Piece(text, tuple(tokens), index) for index, (text, tokens) in enumerate(pieces) if text or tokens]
 
     def _has_more(self) -> bool:
         return any(len(final) > w.taken for final, w in zip(self.handle.final, self._writers, strict=True))
@@ -208,8 +206,8 @@ class _Writer:
 def newly_final(tree: Tree, live: Live, known: Sequence[Sequence[int]]) -> list[list[int]]:
     """Give the tokens that have become final in each stream, beyond those that are known.
 
-    Where branches cannot affect each other each stream has its own; elsewhere a token is final when all branches and all
-    hypotheses that may still be returned agree on it.
+    Where branches cannot affect each other each stream has its own; elsewhere a token is final when all branches and
+    all hypotheses that may still be returned agree on it.
     """
     request = live.request
     prompt = len(request.prompt_ids)

@@ -9,8 +9,9 @@ In a step the model runs once (the pass); then rounds move branches by one token
       select            the strategy answers with children
       stop_check        limits, plugins and the strategy finish or drop children
 
-The children that are left become branches. One that coincides with a draft that the pass has run is *accepted*, and the
-next round shows its row at once; any other waits for the next step. A child must never be chosen because a draft exists.
+The children that are left become branches. One that coincides with a draft that the pass has run is *accepted*, and
+the next round shows its row at once; any other waits for the next step. A child must never be chosen because a draft
+exists.
 """
 
 from __future__ import annotations

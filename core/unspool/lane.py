@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -270,15 +271,15 @@ class _Packing:
 
     def _span(self, live: Live, start: int, nodes: Sequence[int]) -> Span:
         lane, parent = self.lane, self.tree.parent
-        if len(nodes) == 1 or all(parent[node] == before for before, node in zip(nodes, nodes[1:], strict=False)):
+        if len(nodes) == 1 or all(parent[node] == before for before, node in pairwise(nodes)):
             return Span(start, len(nodes), _context(lane.segments(live, nodes[-1])))
         paths = [_slots(lane.segments(live, node)) for node in nodes]
         context = np.unique(np.concatenate(paths))
         mask = np.zeros((len(nodes), len(context)), dtype=np.bool_)
         for row, path in zip(mask, paths, strict=True):
             row[np.searchsorted(context, path)] = True
-        whole = slice(int(context[0]), int(context[-1]) + 1) if context[-1] - context[0] + 1 == len(context) else context
-        return Span(start, len(nodes), whole, mask)
+        first, end = int(context[0]), int(context[-1]) + 1
+        return Span(start, len(nodes), slice(first, end) if end - first == len(context) else context, mask)
 
     def slots(self) -> NDArray[np.int64]:
         return np.array(self.slot_list, dtype=np.int64)

@@ -14,8 +14,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
-
 from unspool.errors import ConfigError, DeadEnd, ModelError, PluginError, Problem, UnspoolError
 from unspool.group import Group
 from unspool.lane import Cache, Lane, Share
@@ -103,8 +101,11 @@ class Loop:
         for branch in live.branches:
             live.hypotheses.append(
                 Hypothesis(
-                    self.tree.new_tokens(branch.node), "cancelled", branch.score[0] if self._scored(live) else None,
-                    logprobs=logprob_list(branch.logprobs) if live.request.logprobs else None, stream=branch.stream,
+                    self.tree.new_tokens(branch.node),
+                    "cancelled",
+                    branch.score[0] if self._scored(live) else None,
+                    logprobs=logprob_list(branch.logprobs) if live.request.logprobs else None,
+                    stream=branch.stream,
                 )
             )
         self._end(live)
@@ -151,8 +152,9 @@ class Loop:
         budget, most = plan.draft_budget, self.scheduler.token_budget
         groups = []
         for lives in by_key.values():
-            pipeline = lives[0].request.pipeline
-            groups.append(Group(pipeline, lives, self.main, self.lanes_of(lives[0].request), budget, most, self.recorder))
+            first = lives[0].request
+            lanes = self.lanes_of(first)
+            groups.append(Group(first.pipeline, lives, self.main, lanes, budget, most, self.recorder))
         if self.recorder:
             self.recorder.step(self.steps, groups)
         return groups
@@ -340,18 +342,20 @@ class Loop:
                 cache = self._companion_cache(companion.model)
                 layers = cache.runner.layers
                 if companion.layers is not None and not 0 < companion.layers <= layers:
-                    raise ConfigError([Problem(f"companion {name}", f"{companion.layers} layers: 1 to {layers} are there")])
+                    reason = f"{companion.layers} layers: 1 to {layers} are there"
+                    raise ConfigError([Problem(f"companion {name}", reason)])
                 self.lanes[key] = Lane(self.tree, cache, companion.layers)
             lanes[name] = self.lanes[key]
         return lanes
 
     def _companion_cache(self, model: str | None) -> Cache:
         if model not in self._caches:
+            assert model is not None  # the target's own cache is there from the start
             if self._models is None:
                 raise ConfigError([Problem("companion", f"no model {model!r} is at hand")])
             runner, target = self._models(model), self.main.cache.runner
             if runner.vocab_size != target.vocab_size:
-                reason = f"{model}: its vocabulary of {runner.vocab_size} tokens is not the target's {target.vocab_size}"
+                reason = f"{model}: its vocabulary has {runner.vocab_size} tokens, the target's {target.vocab_size}"
                 raise ConfigError([Problem("companion", reason)])
             self._caches[model] = self._cache(runner, self._slots)
         return self._caches[model]

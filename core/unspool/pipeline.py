@@ -31,7 +31,7 @@ class PluginSpec:
 
 
 class _Manager(pluggy.PluginManager):
-    """Calls hooks in the order of the config, constraints' transforms first (pluggy itself calls the last one first)."""
+    """Calls hooks in the order of the config, constraints' transforms first (pluggy itself begins with the last)."""
 
     def __init__(self, plugins: Sequence[Plugin]) -> None:
         super().__init__("unspool")
@@ -70,7 +70,8 @@ class Pipeline:
         if not hasattr(strategy, "select"):
             problems.append(Problem("strategy", f"{strategy.name!r} is no strategy: it does not implement select"))
         names = [p.name for p in self.plugins]
-        problems += [Problem("plugins", f"{n!r} stands twice") for n in sorted({n for n in names if names.count(n) > 1})]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        problems += [Problem("plugins", f"{name!r} stands twice") for name in twice]
         if problems:
             raise ConfigError(problems)
         try:
@@ -87,9 +88,10 @@ class Pipeline:
         self.looks_ahead = (
             self.row_local and not strategy.holds and not any(p.reads_logprob or p.reads_score for p in self.plugins)
         )
-        self.independent = self.row_local and type(strategy).rank is Plugin.rank
+        ranks = type(strategy).rank is not Plugin.rank
+        self.independent = self.row_local and not ranks
         """Branches cannot affect each other: streams are returned, and streamed, one by one."""
-        self.scores = not self.row_local or type(strategy).rank is not Plugin.rank or any(p.reads_score for p in self.plugins)
+        self.scores = not self.independent or any(p.reads_score for p in self.plugins)
         """Somebody may read a score, so the core sums log-probabilities where the strategy gives none."""
         self.stateful = tuple(p for p in self.plugins if type(p).initial is not Plugin.initial)
         self.owners = tuple(p for p in self.plugins if type(p).open is not Plugin.open)
@@ -114,17 +116,15 @@ class Pipeline:
         for plugin in self.plugins:
             for name, companion in plugin.companions().items():
                 if found.setdefault(name, companion) != companion:
-                    raise ConfigError([Problem(f"plugins.{plugin.name}", f"companion {name!r} is declared differently")])
+                    reason = f"companion {name!r} is declared differently"
+                    raise ConfigError([Problem(f"plugins.{plugin.name}", reason)])
         return found
 
     @cached_property
     def key(self) -> str:
         """Name the group: everything but the fields that may differ between the requests of a group."""
         return json.dumps(
-            [
-                (p.name, f"{type(p).__module__}:{type(p).__qualname__}", _group_params(p.params))
-                for p in self.plugins
-            ],
+            [(p.name, f"{type(p).__module__}:{type(p).__qualname__}", _group_params(p.params)) for p in self.plugins],
             sort_keys=True,
             default=str,
         )

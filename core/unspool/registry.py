@@ -81,10 +81,9 @@ class Registry:
     @classmethod
     def installed(cls) -> Registry:
         """Read the entry points of all installed distributions. Import none of them."""
-        return cls(
-            Entry(point.name, point.value, point.dist.name if point.dist else "", point.dist.version if point.dist else "")
-            for point in sorted(importlib.metadata.entry_points(group=GROUP), key=lambda point: point.name)
-        )
+        points = sorted(importlib.metadata.entry_points(group=GROUP), key=lambda point: point.name)
+        owners = [(point.dist.name, point.dist.version) if point.dist else ("", "") for point in points]
+        return cls(Entry(point.name, point.value, *owner) for point, owner in zip(points, owners, strict=True))
 
     def with_plugins(self, plugins: dict[str, type[Plugin]]) -> Registry:
         """Give a registry that also knows these classes (for tests and for scripts that register nothing)."""
@@ -110,7 +109,8 @@ class Registry:
         if entry is None:
             near = difflib.get_close_matches(name, self._entries, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ConfigError([Problem(field, f"no plugin {name!r}: {hint}installed: {', '.join(sorted(self._entries))}")])
+            installed = ", ".join(sorted(self._entries))
+            raise ConfigError([Problem(field, f"no plugin {name!r}: {hint}installed: {installed}")])
         if reason := entry.broken:
             raise ConfigError([Problem(field, f"plugin {name!r} is broken: {reason}")])
         return entry

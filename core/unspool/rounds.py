@@ -309,7 +309,8 @@ class Rounds:
         self._call("stop_check", one_by_one, step=step, growth=growth)
         count = len(finish)
         if len(growth.finish) != count or growth.drop.shape != (count,):
-            raise PluginError(self.pipeline.strategy.name, "stop_check", "growth.finish and growth.drop keep their length")
+            reason = "growth.finish and growth.drop keep their length"
+            raise PluginError(self.pipeline.strategy.name, "stop_check", reason)
         children.finish = [first or later for first, later in zip(finish, growth.finish, strict=True)]
         children.drop = growth.drop.tolist()
         if growth.score is not None:
@@ -442,7 +443,8 @@ class Rounds:
                 if None in states and token not in rows.lives[rows.request[row]].request.end_ids:
                     culprit = stateful[states.index(None)].name
                     path = [*self.tree.new_tokens(rows.node[row]), token]
-                    raise ConstraintError(culprit, "advance", f"it calls token {token} impossible after new tokens {path}")
+                    reason = f"it calls token {token} impossible after new tokens {path}"
+                    raise ConstraintError(culprit, "advance", reason)
                 folded[child] = states
         return folded
 
@@ -494,9 +496,7 @@ class Rounds:
             return []
         return [(live, branch) for branch in after if branch in accepted]
 
-    def _step_on(
-        self, decision: Decision, live: Live, row: int, states: dict[int, tuple[Any, ...]]
-    ) -> list[Standing]:
+    def _step_on(self, decision: Decision, live: Live, row: int, states: dict[int, tuple[Any, ...]]) -> list[Standing]:
         """Grow a request of one branch where there are no drafts: the same rule, for most requests most of the time."""
         (before,) = live.branches
         if row in decision.dead:

@@ -19,13 +19,12 @@ from unspool.live import Live
 from unspool.request import PreparedRequest
 from unspool.tree import NONE, Tree
 
-
 NO_PROMPT = range(0)
 
 
 @dataclass(eq=False)
 class Plan:
-    """What runs in this step: requests that have rows, pieces of prompts that give none, and what is left for drafts."""
+    """What runs in this step: requests with rows, pieces of prompts that give none, and what is left for drafts."""
 
     ready: list[Live] = field(default_factory=list)
     pieces: list[tuple[Lane, Share]] = field(default_factory=list)
@@ -74,8 +73,10 @@ class Scheduler:
         for cache, need in needs.items():
             if need > cache.pool.size:
                 return AdmissionError(
-                    "max_new_tokens", new, f"the request needs {need} cache slots (prompt of {prompt}, {starts} x {new} new "
-                    f"tokens) and the pool has {cache.pool.size}: ask for less, or give the engine more slots",
+                    "max_new_tokens",
+                    new,
+                    f"the request needs {need} cache slots (prompt of {prompt}, {starts} x {new} new tokens) and the "
+                    f"pool has {cache.pool.size}: ask for less, or give the engine more slots",
                 )
         return None
 

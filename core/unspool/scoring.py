@@ -1,7 +1,7 @@
 """The log-probabilities of a given text: a strategy that chooses what it is told to, and notes what that was worth.
 
-It hangs the given tokens as drafts, so that a whole text is judged in one pass, by the same loop, plugins and cache that
-generate. That makes it the outside check that scores add up.
+It hangs the given tokens as drafts, so that a whole text is judged in one pass, by the same loop, plugins and cache
+that generate. That makes it the outside check that scores add up.
 """
 
 from __future__ import annotations

@@ -288,7 +288,7 @@ class Step:
         return self.group.hidden_of(layer, list(self._rows.node) if nodes is None else _list(nodes))
 
     def path_hidden(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Give the hidden states of every token of each row's path: `[rows, longest, width]`, mask `[rows, longest]`."""
+        """Give the hidden states of all tokens of each row's path: `[rows, longest, width]`, mask `[rows, longest]`."""
         return self.group.path_hidden(layer, self._rows)
 
     def head(self, hidden: Tensor) -> Tensor:

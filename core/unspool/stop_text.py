@@ -25,7 +25,8 @@ class StopText:
         """Tell whether the text of a path ends in a stop string (or holds one) once `token` follows `node`."""
         if self._detokenizer is None:
             return False
-        return self._after(live, self._state(live, node), token)[2]
+        found: bool = self._after(live, self._state(live, node), token)[2]
+        return found
 
     def _state(self, live: Live, node: int) -> Any:
         chain = []

@@ -96,7 +96,8 @@ class Recorder:
         shown = []
         for live in group.lives:
             taken = set(standing)
-            for node in list(standing):
+            for end in standing:
+                node = end
                 while node != live.root and node >= 0:
                     taken.add(node)
                     node = tree.parent[node]

@@ -161,7 +161,7 @@ _identities: dict[int, int] = {}
 
 
 def _identity(wrapped: object) -> int:
-    """Number an object: the same one again for the same object, never the number of another, be it dead."""
+    """Give an object a number: the same again for the same object, never that of another, be it dead."""
     key = id(wrapped)
     if key not in _identities:
         number = next(_numbers)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from unspool_testing.networks import ARCHITECTURES, tiny_model
 
 from unspool.huggingface.projections import Packed, Part, quicken
+from unspool_testing.networks import ARCHITECTURES, tiny_model
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -2,8 +2,8 @@
 
 A step of one row reads every weight once and does little else, so what counts is how few and how large the reads are:
 
-- Projections of one and the same input (queries, keys and values; gate and up) are computed in one product. The first of
-  them that is called computes all, the others take their columns. Which belong together is found by watching a pass.
+- Projections of one and the same input (queries, keys and values; gate and up) are computed in one product. The first
+  of them that is called computes all, the others take their columns. Which belong together is found by watching a pass.
 - bfloat16 weights are laid out once as oneDNN wants them, which otherwise costs a third more in every product.
 
 Each change is checked on a random input and left out where the result differs.
@@ -72,7 +72,7 @@ class Packed(nn.Module):
         return product
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def quicken(model: PreTrainedModel) -> None:
     """Replace linear layers of a model on a CPU by quicker ones that compute the same."""
     if model.device.type != "cpu":
