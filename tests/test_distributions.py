@@ -7,6 +7,7 @@ import importlib.metadata
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,20 @@ def test_it_says_what_it_is(folder: Path) -> None:
     assert table["requires-python"] == ">=3.11"
     readme = (folder / table["readme"]).read_text(encoding="utf-8")
     assert readme.startswith(f"# {table['name']}\n")
+
+
+@each
+def test_its_wheel_holds_its_types_and_the_license(folder: Path, tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(build, cwd=folder, capture_output=True, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (license_file,) = (name for name in names if name.endswith("/licenses/LICENSE"))
+        assert archive.read(license_file) == (ROOT / "LICENSE").read_bytes()
+    package = project(folder)["name"].replace("-", "_")
+    assert f"{package}/py.typed" in names
+    assert {name.partition("/")[0] for name in names} == {package, f"{package}-{VERSION}.dist-info"}
 
 
 @each

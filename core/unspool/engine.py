@@ -207,7 +207,11 @@ class Engine:
         Raises:
             UnspoolError: the request is wrong, or failed.
         """
-        return _raised(self._submit(self._asked(prompt, generation_config, options)).result())
+        handle = self._submit(self._asked(prompt, generation_config, options))
+        try:
+            return _raised(handle.result())
+        finally:  # interrupted while it waited
+            handle.cancel()
 
     def stream(
         self, prompt: Prompt, *, generation_config: GenerationConfig | Mapping[str, Any] | None = None, **options: Any
@@ -247,6 +251,8 @@ class Engine:
                     exhausted = request is None
                     if request is not None:
                         pending[self._start(request, ended)] = None
+                    if not ended.empty():  # a slow source keeps no result back
+                        break
                 if not pending:
                     return
                 first = ended.get()
@@ -362,26 +368,28 @@ class Engine:
     ) -> AsyncIterator[Result]:
         """Decode many requests and give the results as they end, as `run`."""
         source = requests if isinstance(requests, AsyncIterator) else _async(requests)
-        pending: OrderedDict[asyncio.Task[Result], None] = OrderedDict()
+        pending: OrderedDict[asyncio.Future[Any], None] = OrderedDict()
+        coming: asyncio.Future[Request | None] | None = None
         exhausted = False
         try:
             while True:
-                while not exhausted and len(pending) < self._loop.scheduler.max_running:
-                    try:
-                        request = await anext(source)
-                    except StopAsyncIteration:
-                        exhausted = True
-                        break
-                    pending[asyncio.ensure_future(self._one(request))] = None
-                if not pending:
+                if coming is None and not exhausted and len(pending) < self._loop.scheduler.max_running:
+                    coming = asyncio.ensure_future(_next(source))
+                waited: list[asyncio.Future[Any]] = [coming] if coming else []
+                waited += list(pending)[: 1 if ordered else None]
+                if not waited:
                     return
-                waited = [next(iter(pending))] if ordered else list(pending)
-                done, _ = await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
+                await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+                if coming and coming.done():
+                    request, coming = coming.result(), None
+                    exhausted = request is None
+                    if request is not None:
+                        pending[asyncio.ensure_future(self._one(request))] = None
+                for task in [task for task in waited if task in pending and task.done()]:
                     del pending[task]
                     yield task.result()
         finally:
-            for task in pending:
+            for task in [*pending, *([coming] if coming else [])]:
                 task.cancel()
 
     async def _one(self, request: Request) -> Result:
@@ -410,11 +418,13 @@ class Engine:
         except OSError as error:
             raise OutputError(f"cannot write the trace to {path}: {error.strerror}") from error
         failed: list[OSError] = []
+        writing = threading.Lock()
 
         def write(record: dict[str, Any]) -> None:
             try:
-                if not failed:
-                    file.write(json.dumps(record) + "\n")
+                with writing:
+                    if not failed and not file.closed:  # the step that runs when the context ends goes on
+                        file.write(json.dumps(record) + "\n")
             except OSError as error:
                 failed.append(error)
 
@@ -424,7 +434,8 @@ class Engine:
         finally:
             self._loop.recorder = None
             try:
-                file.close()
+                with writing:
+                    file.close()
             except OSError as error:
                 failed.append(error)
             if failed:
@@ -600,9 +611,13 @@ class Engine:
     def _abandon(self, error: Exception) -> None:
         with self._wake:
             self._closed = True
-            left = [*self._inbox, *self._handles.values()]
+            left = [*self._inbox]
             self._inbox.clear()
             self._wake.notify_all()
+        try:
+            self._loop.abandon(error)
+        except Exception:
+            left += self._handles.values()  # whatever state the loop is in, nobody waits for ever
         for handle in left:
             if not handle.done:
                 request = handle.request
@@ -705,6 +720,10 @@ async def _ended(handle: Handle) -> Result:
 def _call_soon(running: asyncio.AbstractEventLoop, call: Callable[[], Any]) -> None:
     with suppress(RuntimeError):  # that event loop is closed: nobody listens any more
         running.call_soon_threadsafe(call)
+
+
+async def _next(source: AsyncIterator[Request]) -> Request | None:
+    return await anext(source, None)
 
 
 async def _async(requests: Iterable[Request]) -> AsyncIterator[Request]:

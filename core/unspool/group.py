@@ -1,11 +1,11 @@
 """A group in one step: the requests of one pipeline, their drafts, and what the pass said of them.
 
-`Step` is the plugins' view of it. `rounds.py` decides and grows.
+`Step` is the plugins' view of it. `decide.py` calls the hooks, `grow.py` applies what they chose.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -199,6 +199,17 @@ class Group:
             self.drafts.pop(node, None)
             self.tree.release(node)
         live.drafts.clear()
+
+    def prune(self, drafts: Iterable[int]) -> None:
+        """Delete drafts that `select` hung and nobody holds, the deepest first."""
+        for node in reversed(list(drafts)):
+            self.drafts.pop(node, None)
+            self.tree.release(node)
+
+    def unhold(self) -> None:
+        """Undo the drafts that a `select` which failed had hung."""
+        hung, self.newly_held = self.newly_held, {}
+        self.prune(hung)
 
     def running_drafts(self, live: Live) -> list[int]:
         """List the drafts of a request that the pass is to run, parents first."""

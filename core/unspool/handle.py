@@ -75,7 +75,8 @@ class Handle:
 
     def cancel(self) -> None:
         """End the request as it is. What it has so far becomes its result."""
-        self._engine._cancel(self)
+        if not self.done:
+            self._engine._cancel(self)
 
     def stream(self) -> Stream:
         """Stream the request's final tokens, from the beginning."""
@@ -132,16 +133,14 @@ class Stream:
 
     def __iter__(self) -> Iterator[Piece]:
         try:
-            while True:
+            done = False
+            while not done:
                 with self.handle.changed:
                     self.handle.changed.wait_for(lambda: self.handle.done or self._has_more())
                     done = self.handle.done
                 yield from self.take()
-                if done:
-                    break
-        except GeneratorExit:
+        finally:  # left early, or interrupted while it waited
             self.handle.cancel()
-            raise
         result = self.handle.result()
         if result.error is not None:
             raise result.error
@@ -182,14 +181,18 @@ class _Writer:
         self._detokenizer, self._state = detokenizer, detokenizer.start(request.prompt_ids)
         self._stops = StopStrings(request.limits.stop)
         self._stop_state = self._stops.start()
+        self._cut: int | None = None
+        """Where the text ends, once a stop string is complete."""
 
     def write(self, tokens: list[int]) -> tuple[str, list[int]]:
         self.taken += len(tokens)
         for token in tokens:
             self._state, piece = self._detokenizer.push(self._state, token)
             self._text += piece
-            self._stop_state, _ = self._stops.push(self._stop_state, piece)
-        return self._show(len(self._text) - self._stops.held(self._stop_state)), tokens
+            self._stop_state, cut = self._stops.push(self._stop_state, piece)
+            self._cut = cut if self._cut is None else self._cut
+        end = len(self._text) - self._stops.held(self._stop_state)
+        return self._show(end if self._cut is None else self._cut), tokens
 
     def finish(self, hypothesis: Hypothesis) -> tuple[str, list[int]]:
         tokens = list(hypothesis.token_ids[self.taken :])
@@ -206,32 +209,38 @@ class _Writer:
 def newly_final(tree: Tree, live: Live, known: Sequence[Sequence[int]]) -> list[list[int]]:
     """Give the tokens that have become final in each stream, beyond those that are known.
 
-    Where branches cannot affect each other each stream has its own; elsewhere a token is final when all branches and
-    all hypotheses that may still be returned agree on it.
+    A token is final when all branches and all hypotheses that may still be returned agree on it: those of the stream
+    where branches cannot affect each other, elsewhere all of the request's.
     """
     request = live.request
-    prompt = len(request.prompt_ids)
-    ended = [h.token_ids[:-1] if h.finish_reason == "eos" else h.token_ids for h in _returnable(live)]
-    if request.pipeline.independent:
-        fresh: list[list[int]] = [[] for _ in known]
-        for branch in live.branches:
-            if branch.stream < len(known):
-                fresh[branch.stream] = tree.path(branch.node)[prompt + len(known[branch.stream]) :].tolist()
-        return fresh
-    start = len(known[0])
-    paths = [tree.path(node)[prompt + start :].tolist() for node in {branch.node for branch in live.branches}]
-    paths += [list(tokens[start:]) for tokens in ended]
+    independent, prompt = request.pipeline.independent, len(request.prompt_ids)
+    paths: list[list[Sequence[int]]] = [[] for _ in known]
+    for node, stream in {(branch.node, branch.stream if independent else 0) for branch in live.branches}:
+        if stream < len(known):
+            paths[stream].append(tree.path(node)[prompt + len(known[stream]) :].tolist())
+    for hypothesis in _returnable(live):
+        stream = hypothesis.stream if independent else 0
+        if stream < len(known):
+            tokens = hypothesis.token_ids[:-1] if hypothesis.finish_reason == "eos" else hypothesis.token_ids
+            paths[stream].append(tokens[len(known[stream]) :])
+    return [_agreed(of_stream) for of_stream in paths]
+
+
+def _agreed(paths: Sequence[Sequence[int]]) -> list[int]:
+    """Give the longest beginning that all paths share."""
     agreed = 0
     for tokens in zip(*paths, strict=False):
         if len(set(tokens)) > 1:
             break
         agreed += 1
-    return [paths[0][:agreed] if paths else []]
+    return list(paths[0][:agreed]) if paths else []
 
 
 def _returnable(live: Live) -> list[Hypothesis]:
     """List the hypotheses that may still be returned: ranked by score, only the best n can be."""
     strategy = live.request.pipeline.strategy
+    if live.request.pipeline.independent:
+        return live.hypotheses
     if type(strategy).rank is Plugin.rank and len(live.hypotheses) > live.request.n:
         return list(strategy.rank(live.request, live.hypotheses))[: live.request.n]
     return live.hypotheses

@@ -3,7 +3,7 @@
     cancel, admit, preempt, choose      the scheduler (`schedule.py`)
     pre_forward                         plugins hang drafts below branches
     the pass                            all nodes not yet run, of all requests, in one packed forward
-    rounds                              logits_transform, select, stop_check, grow (`rounds.py`)
+    rounds                              logits_transform, select, stop_check (`decide.py`), grow (`grow.py`)
     prune                               what no branch needs is free; who has no branch has ended
 
 The loop knows no strategy. It is not thread-safe: `engine.py` gives it a thread of its own.
@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from unspool.errors import ConfigError, DeadEnd, ModelError, PluginError, Problem, UnspoolError
 from unspool.group import Group
 from unspool.lane import Cache, Lane, Share
 from unspool.live import Branch, Live, logprob_list
+from unspool.plugin import Plugin
 from unspool.request import Hypothesis, PreparedRequest, Result
 from unspool.rounds import Rounds
 from unspool.runner import ModelRunner
@@ -71,13 +73,20 @@ class Loop:
     # ---- requests come and go ---------------------------------------------------------------------------------------
 
     def submit(self, request: PreparedRequest) -> Live:
-        """Queue a request, or raise an `AdmissionError` if it can never run here."""
+        """Queue a request.
+
+        Raises:
+            AdmissionError: it can never run here.
+            PluginError: one of its plugins does not let it begin.
+        """
+        pipeline = request.pipeline
+        starts = _ask(pipeline.strategy, "start", request)
+        if not isinstance(starts, int) or starts < 1:
+            raise PluginError(pipeline.strategy.name, "start", f"it must say how many branches, not {starts!r}")
         lengths = {lane: len(prompt) for lane, prompt in self.scheduler.prompts(request).items()}
         if refusal := self.scheduler.refuse(request, lengths):
             raise refusal
-        pipeline = request.pipeline
-        states = tuple(plugin.initial(request) for plugin in pipeline.stateful)
-        starts = pipeline.strategy.start(request)
+        states = tuple(_ask(plugin, "initial", request) for plugin in pipeline.stateful)
         live = Live(request, self._order, self.tree.root(request.prompt_ids))
         self.tree.states[live.root] = states
         for stream in range(starts):
@@ -85,9 +94,10 @@ class Loop:
             live.branches.append(Branch(live.root, stream, (0.0,)))
         try:
             for plugin in pipeline.owners:
-                live.own[plugin.name] = plugin.open(request)
-        except Exception:
+                live.own[plugin.name] = _ask(plugin, "open", request)
+        except PluginError as error:
             self._release(live)
+            self._tell_end(live, self._result(live, (), error))
             raise
         self._order += 1
         self.main.cache.want(pipeline.path_hidden)
@@ -110,6 +120,11 @@ class Loop:
             )
         self._end(live)
 
+    def abandon(self, error: Exception) -> None:
+        """End all requests with an error."""
+        for live in [*self.scheduler.running, *self.scheduler.waiting]:
+            self._fail(live, error)
+
     @property
     def busy(self) -> bool:
         """Tell whether there is anything to do."""
@@ -127,8 +142,8 @@ class Loop:
         self._run(plan, groups)
         for group in groups:
             Rounds(group, self._fail, self.stop_text).run()
-            if self.recorder:
-                self.recorder.prune(group)
+            if group.recorder:
+                group.recorder.prune(group)
             if group.drafts:
                 for live in group.lives:
                     group.forget_drafts_of(live)
@@ -150,13 +165,13 @@ class Loop:
         for live in plan.ready:
             by_key.setdefault(live.request.pipeline.key, []).append(live)
         budget, most = plan.draft_budget, self.scheduler.token_budget
-        groups = []
+        groups, recorder = [], self.recorder  # which may come or go while a step runs
         for lives in by_key.values():
             first = lives[0].request
             lanes = self.lanes_of(first)
-            groups.append(Group(first.pipeline, lives, self.main, lanes, budget, most, self.recorder))
-        if self.recorder:
-            self.recorder.step(self.steps, groups)
+            groups.append(Group(first.pipeline, lives, self.main, lanes, budget, most, recorder))
+        if recorder:
+            recorder.step(self.steps, groups)
         return groups
 
     def _hang_drafts(self, group: Group) -> None:
@@ -273,8 +288,8 @@ class Loop:
             return
         try:
             ranked = self._ranked(live)
-        except Exception as error:
-            self._fail(live, PluginError(request.pipeline.strategy.name, "rank", f"{type(error).__name__}: {error}"))
+        except PluginError as error:
+            self._fail(live, error)
             return
         hypotheses = tuple(ranked[: request.n])
         self._close(live, self._result(live, hypotheses, None))
@@ -282,10 +297,13 @@ class Loop:
     def _ranked(self, live: Live) -> list[Hypothesis]:
         strategy = live.request.pipeline.strategy
         if live.request.pipeline.independent:
-            return sorted(live.hypotheses, key=lambda h: h.stream)
+            return sorted(live.hypotheses, key=lambda h: (h.finish_reason == "cancelled", h.stream))
         done = [h for h in live.hypotheses if h.finish_reason != "cancelled"]
         cancelled = [h for h in live.hypotheses if h.finish_reason == "cancelled"]
-        return [h for part in (done, cancelled) if part for h in strategy.rank(live.request, part)]
+        ranked = [h for part in (done, cancelled) if part for h in _ask(strategy, "rank", live.request, part)]
+        if not all(isinstance(h, Hypothesis) for h in ranked) or not ranked:
+            raise PluginError(strategy.name, "rank", "it must return hypotheses, at least one")
+        return ranked
 
     def _fail(self, live: Live, error: Exception) -> None:
         """End a request with an error. Nobody else notices."""
@@ -301,14 +319,21 @@ class Loop:
     def _close(self, live: Live, result: Result) -> None:
         live.result = result
         self._release(live)
+        if error := self._tell_end(live, result):
+            live.result = self._result(live, (), error)
+        self._finished(live)
+
+    @staticmethod
+    def _tell_end(live: Live, result: Result) -> PluginError | None:
+        """Tell all plugins that opened something. Give the last one's error, if any raised."""
+        failed = None
         for plugin in live.request.pipeline.owners:
             if plugin.name in live.own:
                 try:
-                    plugin.close(live.own[plugin.name], result)
-                except Exception as error:
-                    reason = PluginError(plugin.name, "close", f"{type(error).__name__}: {error}")
-                    live.result = self._result(live, (), reason)
-        self._finished(live)
+                    _ask(plugin, "close", live.own[plugin.name], result)
+                except PluginError as error:
+                    failed = error
+        return failed
 
     def _release(self, live: Live) -> None:
         """Free all slots, nodes and states of a request."""
@@ -369,3 +394,12 @@ class Loop:
         self.main.free(node)
         for lane in self.lanes.values():
             lane.free(node)
+
+
+def _ask(plugin: Plugin, method: str, *arguments: Any) -> Any:
+    """Call a plugin's method. What goes wrong in it is a `PluginError` that names both."""
+    try:
+        answer = getattr(plugin, method)(*arguments)
+        return list(answer) if method == "rank" else answer
+    except Exception as error:
+        raise PluginError(plugin.name, method, f"{type(error).__name__}: {error}") from error

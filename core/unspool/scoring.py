@@ -84,7 +84,8 @@ class Given(Plugin):
         given = self.params.token_ids
         at = step.length.clamp(max=len(given) - 1)
         token = torch.tensor(given, dtype=torch.int64, device=logits.device)[at]
-        logprobs = logits.log_softmax(-1)
+        dead = (logits == -torch.inf).all(dim=-1, keepdim=True)
+        logprobs = logits.log_softmax(-1).masked_fill(dead, -torch.inf)
         chosen = logprobs.gather(1, token.unsqueeze(1)).squeeze(1).tolist()
         top = logprobs.topk(min(self.params.top, logits.shape[1]), dim=1)
         ids, values = top.indices.tolist(), top.values.tolist()
@@ -92,8 +93,9 @@ class Given(Plugin):
         for row, (place, request) in enumerate(zip(at.tolist(), step.request.tolist(), strict=True)):
             notes[request].logprobs[place] = chosen[row]
             notes[request].top[place] = tuple(zip(ids[row], values[row], strict=True))
-        logits.fill_(-torch.inf)
-        logits.scatter_(1, token.unsqueeze(1), 0.0)
+        spoilt = logprobs.isnan().any(dim=-1, keepdim=True)  # left as it is, so that the core finds who made it
+        logits.masked_fill_(~spoilt, -torch.inf)
+        logits.scatter_(1, token.unsqueeze(1), torch.where(spoilt, torch.nan, 0.0).to(logits))
 
     @hookimpl
     def select(self, step: Step, logits: Tensor) -> Growth:

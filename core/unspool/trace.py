@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from unspool.group import Draft, Group
-    from unspool.rounds import Children
-    from unspool.step import Rows, Step
+    from unspool.decide import Decision
+    from unspool.group import Group
+    from unspool.step import Step
 
 TOP = 5
 """How many candidates a record shows before and after a transform."""
@@ -55,11 +55,9 @@ class Recorder:
         )
         self._before = logits.clone()
 
-    def end(
-        self, step: Step, rows: Rows, children: Children, dead: frozenset[int], held: Mapping[int, Mapping[int, Draft]]
-    ) -> None:
+    def end(self, step: Step, decision: Decision) -> None:
         """Record a round: each row with its path, what was changed, and what grew."""
-        group = step.group
+        group, rows, children = step.group, decision.rows, decision.children
         tree, readings = group.tree, group.readings
         shown = []
         for row, (request, node, branch) in enumerate(zip(rows.request, rows.node, rows.branch, strict=True)):
@@ -82,8 +80,8 @@ class Recorder:
                     "new_token_ids": list(tree.new_tokens(node)),
                     "stream": branch.stream,
                     "transforms": [change[row] for change in self._changes if row in change],
-                    "dead": row in dead,
-                    "held": [tree.token[draft] for draft in held.get(node, ())],
+                    "dead": row in decision.dead,
+                    "held": [tree.token[draft] for draft in decision.held.get(node, ())],
                     "children": grown,
                 }
             )
@@ -95,21 +93,21 @@ class Recorder:
         standing = {branch.node for live in group.lives for branch in live.branches}
         shown = []
         for live in group.lives:
-            taken = set(standing)
+            taken, ended = set(standing), [hypothesis.token_ids for hypothesis in live.hypotheses]
             for end in standing:
                 node = end
                 while node != live.root and node >= 0:
                     taken.add(node)
                     node = tree.parent[node]
             for node in live.drafts:
-                draft = group.drafts[node]
+                draft, tokens = group.drafts[node], tree.new_tokens(node)
                 shown.append(
                     {
                         "request": live.request.id,
                         "plugin": draft.plugin.name if draft.plugin else None,
-                        "new_token_ids": list(tree.new_tokens(node)),
+                        "new_token_ids": list(tokens),
                         "leaf": draft.leaf,
-                        "accepted": node in taken,
+                        "accepted": node in taken or any(text[: len(tokens)] == tokens for text in ended),
                     }
                 )
         if shown:
