@@ -177,6 +177,7 @@ def test_config_schema_is_json_with_every_plugin() -> None:
         (["-p", "temprature:1"], "did you mean 'temperature'"),
         (["-p", "top_p:7"], "less than or equal to 1, not 7"),
         (["-s", "greedy", "-p", "sample"], "a pipeline has one"),
+        (["-s", "greedy", "-s", "sample"], "a pipeline has one"),
         (["--max-new-tokens", "0"], "greater than or equal to 1"),
         (["--profile", "none"], "no profile 'none'"),
         (["-c", "no/such.yaml"], "cannot be read"),
@@ -184,6 +185,7 @@ def test_config_schema_is_json_with_every_plugin() -> None:
         (["--model", "./no/such"], "no/such"),
         (["--system", "S", "--raw"], "chat template"),
         (["--logprobs", "some"], "logprobs"),
+        (["--trace", "no/such/trace.jsonl"], "--trace"),
     ],
 )
 def test_a_wrong_argument_of_generate_is_two_and_no_traceback(arguments: list[str], message: str) -> None:

@@ -206,9 +206,12 @@ def read_generation_config(name: str, revision: str | None = None) -> dict[str, 
     if not Path(name).exists() and "/" in name and not name.endswith(".gguf"):
         from transformers.utils.hub import cached_file  # slow to import, and only the hub needs it
 
+        from unspool.huggingface.hub import check_reachable
+
         try:
+            check_reachable(name, revision)
             path = cached_file(name, "generation_config.json", revision=revision)
-        except OSError:
+        except (OSError, ModelError):
             return {}
     if path is None or not Path(path).is_file():
         return {}

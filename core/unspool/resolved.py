@@ -154,8 +154,8 @@ class Defaults:
     def _profile(self, name: str) -> Variation:
         profiles = self.config.profiles
         if not isinstance(name, str) or name not in profiles:
-            known = ", ".join(profiles) or "the config has none"
-            raise ConfigError([Problem("profile", f"no profile {name!r}: {nearest(name, profiles)}profiles: {known}")])
+            known = f"profiles: {', '.join(profiles)}" if profiles else "the config has none"
+            raise ConfigError([Problem("profile", f"no profile {name!r}: {nearest(name, profiles)}{known}")])
         return profiles[name]
 
     @cached_property

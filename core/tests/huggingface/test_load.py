@@ -9,11 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
 from unspool.errors import InputError, ModelError
 from unspool.huggingface import from_model, gguf, load
@@ -262,3 +264,18 @@ def test_smollm2_answers_a_question() -> None:
             break
         pending = np.array(answer[-1:])
     assert tokenizer.decode(answer) == "The capital of France is Paris.<|im_end|>"
+
+
+def test_a_model_that_only_the_hub_may_have_is_refused_at_once_where_the_hub_cannot_be_reached(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match=r"no folder no/such.*HF_HUB_OFFLINE"):
+        load("no/such")
+
+
+def test_loading_draws_no_bars_and_leaves_them_as_they_were(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    load(str(saved), device="cpu")
+    assert "Loading weights" not in capfd.readouterr().err
+    list(transformers_logging.tqdm([1], desc="afterwards"))
+    assert "afterwards" in capfd.readouterr().err

@@ -38,9 +38,7 @@ def generate(
     raw: options.Raw = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, when it is complete.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Say on stderr what it cost.")] = False,
-    trace: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write what every step does, as JSON lines.", show_default=False)
-    ] = None,
+    trace: options.Trace = None,
     debug: options.Debug = False,
 ) -> None:
     """Answer a prompt.

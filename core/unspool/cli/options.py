@@ -44,7 +44,7 @@ Profile = Annotated[
     typer.Option(help="A named variation of the config.", autocompletion=profile_names, show_default=False),
 ]
 Strategy = Annotated[
-    str | None,
+    list[str] | None,
     typer.Option(
         "--strategy",
         "-s",
@@ -90,6 +90,25 @@ Raw = Annotated[
         "where the model has one.",
     ),
 ]
+
+
+def _trace_file(path: Path | None) -> Path | None:
+    if path is not None and not path.parent.is_dir():
+        raise typer.BadParameter(f"{path}: it is in no folder that is there")
+    return path
+
+
+Trace = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Write what every step does, as JSON lines.",
+        dir_okay=False,
+        writable=True,
+        callback=_trace_file,
+        show_default=False,
+    ),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -101,6 +120,7 @@ def command_line(
     model: str | None = None,
     dtype: str | None = None,
     device: str | None = None,
+    strategy: list[str] | None = None,
     **given: Any,
 ) -> Defaults:
     """Read the config and lay the command line over it, or raise a `ConfigError` with all that is wrong.
@@ -110,15 +130,20 @@ def command_line(
         config: a config file.
         profile: the profile for requests that name none.
         model, dtype, device: override the config's model section.
+        strategy: as often as it was named; once at most is right.
         given: fields of a config, and of its limits; what is None or empty is not given.
     """
     from dataclasses import replace
 
     from unspool.config import LimitSettings, ModelSettings, Variation, validate
+    from unspool.errors import InputError
     from unspool.layers import Layer
     from unspool.resolved import load_defaults
 
+    if strategy and len(strategy) > 1:
+        raise InputError("--strategy", " ".join(strategy), "one: a pipeline has one strategy")
     defaults = load_defaults(config, registry)
+    given["strategy"] = strategy[0] if strategy else None
     said = {name: value for name, value in given.items() if value is not None and value is not False and value != []}
     limits = {name: said.pop(name) for name in LimitSettings.model_fields if name in said}
     data = {**said, "limits": limits} if limits else said

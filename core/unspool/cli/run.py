@@ -50,9 +50,7 @@ def run(
         bool, typer.Option("--resume", help="Go on with OUT.jsonl where an earlier run stopped.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.jsonl.")] = False,
-    trace: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write what every step does, as JSON lines.", show_default=False)
-    ] = None,
+    trace: options.Trace = None,
     debug: options.Debug = False,
 ) -> None:
     """Decode a file of requests.

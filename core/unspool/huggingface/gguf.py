@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+import logging
 import os
 import shutil
 import tempfile
@@ -25,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from unspool.errors import ModelError
 
+_log = logging.getLogger(__name__)
 _FORMAT = 1
 """Raised when a conversion must not be used any more."""
 _CHUNK = 1 << 20
@@ -63,6 +65,7 @@ def converted(file: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=place.parent, prefix="draft-", ignore_cleanup_errors=True) as draft:
         model = Path(draft) / "model"
         model.mkdir()
+        _log.info("converting %s (once)", file.name)
         _convert(file, model)
         if not _whole(place):  # else another process was quicker
             if place.exists():

@@ -22,6 +22,8 @@ from transformers import (
 
 from unspool.errors import InputError, ModelError
 from unspool.huggingface import gguf
+from unspool.huggingface.bars import no_bars
+from unspool.huggingface.hub import check_reachable
 from unspool.huggingface.projections import quicken
 from unspool.huggingface.runner import HuggingFaceRunner
 from unspool.huggingface.survey import refuse_by_config
@@ -51,6 +53,7 @@ class LoadedModel:
     name: str
 
 
+@no_bars
 def load(
     name: str,
     *,
@@ -82,6 +85,8 @@ def load(
         settings["revision"] = revision
     quantized = {} if quantization is None else {"quantization_config": _quantization(quantization)}
     source = local_folder(name)
+    if not Path(source).is_dir():
+        check_reachable(source, revision)
     try:
         config = AutoConfig.from_pretrained(source, **settings)
         refuse_by_config(config)

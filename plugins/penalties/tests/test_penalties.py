@@ -149,7 +149,10 @@ def test_presence_is_paid_once_and_frequency_for_each_occurrence(
     case: tuple[list[Path], Tensor], penalty: float, include_prompt: bool
 ) -> None:
     paths, logits = case
-    close = {"abs": 1e-5, "rel": 1e-5}  # a float32 difference near zero keeps few digits
+
+    def close(value: float) -> Any:
+        return pytest.approx(value, rel=1e-5, abs=1e-5)  # a float32 difference near zero keeps few digits
+
     params = {"penalty": penalty, "include_prompt": include_prompt}
     presence = apply(build("presence_penalty", **params), paths, logits)
     frequency = apply(build("frequency_penalty", **params), paths, logits)
@@ -158,8 +161,8 @@ def test_presence_is_paid_once_and_frequency_for_each_occurrence(
         for token in range(VOCAB):
             times = counted.count(token)
             before = logits[row, token].item()
-            assert presence[row, token].item() == pytest.approx(before - penalty * min(times, 1), **close)
-            assert frequency[row, token].item() == pytest.approx(before - penalty * times, **close)
+            assert presence[row, token].item() == close(before - penalty * min(times, 1))
+            assert frequency[row, token].item() == close(before - penalty * times)
 
 
 def test_field_conventions_say_whether_the_prompt_counts() -> None:
