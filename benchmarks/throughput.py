@@ -26,7 +26,6 @@ import transformers
 import unspool
 from unspool.huggingface.load import local_folder
 
-
 VOCABULARY = 49152
 
 
@@ -120,7 +119,7 @@ def compare(dtype: str, batches: list[int], new: int, repeats: int, device: str,
             "unspool_tok_s": round(ours, 1),
             "ratio": round(ratio, 2),
         }
-        print(f"| {dtype} | {batch} | {row['transformers_tok_s']} | {row['unspool_tok_s']} | {row['ratio']} |", flush=True)
+        print("|", " | ".join(map(str, row.values())), "|", flush=True)
         rows.append(row)
     return rows
 

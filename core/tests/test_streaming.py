@@ -111,7 +111,20 @@ class Write(Plugin):
             logits[row, self.params.token_ids[length]] = 0.0
 
 
-REGISTRY = Registry.installed().with_plugins({"search": Search, "explode": Explode})
+class Both(Plugin):
+    """Grow the two best children of each row for some tokens, all in one stream, then the best."""
+
+    row_local = True
+
+    @hookimpl
+    def select(self, step: Step, logits: Tensor) -> Growth:
+        token = logits.topk(2).indices
+        row = torch.arange(len(logits)).unsqueeze(1).expand_as(token)
+        wanted = torch.stack([torch.ones(len(logits), dtype=torch.bool), (step.length >= 2) & (step.length < 5)], 1)
+        return Growth(row=row[wanted], token=token[wanted])
+
+
+REGISTRY = Registry.installed().with_plugins({"search": Search, "explode": Explode, "both": Both})
 
 
 class Paced(CountingRunner):
@@ -186,10 +199,8 @@ def test_a_sample_that_has_ended_is_shown_whole_while_others_go_on(paced: Engine
     """Stream 0 or 1 ends early; its last token is there long before the request ends."""
     for seed in range(30):
         handle = paced.submit(Request(prompt=[1], strategy="sample", n=2, seed=seed, max_new_tokens=60))
-        pieces = []
         stream = handle.stream()
-        for piece in stream:
-            pieces.append((handle.done, piece))
+        pieces = [(handle.done, piece) for piece in stream]
         result = stream.result()
         check_adds_up([piece for _, piece in pieces], result)
         by_length = sorted(result.hypotheses, key=lambda h: len(h.token_ids))
@@ -211,6 +222,14 @@ def test_a_search_shows_only_what_all_that_may_be_returned_agree_on(width: int, 
             pieces = list(handle.stream())
             result = handle.result()
             check_adds_up(pieces, result, independent=False)
+            settle(engine)
+
+
+def test_branches_of_one_stream_show_what_they_agree_on() -> None:
+    for seed in range(10):
+        with make(table(seed)) as engine:
+            stream = engine.stream([1, 2], strategy="both", max_new_tokens=10)
+            check_adds_up(list(stream), stream.result())
             settle(engine)
 
 
@@ -305,9 +324,13 @@ def test_leaving_a_stream_early_cancels_it_and_frees_everything(paced: Engine) -
 
 def test_an_exception_of_the_reader_cancels_too(paced: Engine) -> None:
     stream = paced.stream([1], strategy="greedy", max_new_tokens=FOREVER, ignore_eos=True)
-    with pytest.raises(KeyboardInterrupt):
+
+    def read() -> None:
         for _ in stream:
             raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        read()
     assert stream.result(10).hypotheses[0].finish_reason == "cancelled"
 
 

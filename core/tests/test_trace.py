@@ -105,7 +105,7 @@ def test_a_record_shows_who_has_rows_and_which_pipeline_they_share(engine: Engin
 
 
 def test_a_row_shows_what_each_transform_banned_and_the_best_before_and_after(engine: Engine, tmp_path: Path) -> None:
-    plugins = ["ban", {"temperature": {"temperature": 0.5}}]
+    plugins: list[Any] = ["ban", {"temperature": {"temperature": 0.5}}]
     asked = Request(prompt=[3], strategy="greedy", plugins=plugins, max_new_tokens=4, ignore_eos=True, id="a")
     (result,), records = traced(engine, tmp_path / "trace.jsonl", asked)
     rows = rows_of(records, "a")
@@ -151,7 +151,7 @@ def test_what_finished_and_what_was_dropped_is_shown_with_its_score(engine: Engi
 def test_the_transforms_of_a_search_stand_at_their_own_rows_when_another_row_dies(
     engine: Engine, tmp_path: Path
 ) -> None:
-    plugins = [{"ban": {"tokens": [], "all_after_token": 2}}, {"temperature": {"temperature": 0.5}}]
+    plugins: list[Any] = [{"ban": {"tokens": [], "all_after_token": 2}}, {"temperature": {"temperature": 0.5}}]
     dead = 0
     for first in range(1, VOCAB):
         asked = Request(prompt=[3, first], strategy="pairs", plugins=plugins, max_new_tokens=6, ignore_eos=True, id="a")
@@ -254,7 +254,7 @@ def test_a_trace_may_begin_and_end_while_requests_run(engine: Engine, tmp_path: 
 
 def test_a_path_that_cannot_be_written_is_an_output_error(engine: Engine, tmp_path: Path) -> None:
     with (
-        pytest.raises(OutputError, match="cannot write the trace to .*no_such"),
+        pytest.raises(OutputError, match=r"cannot write the trace to .*no_such"),
         engine.trace(tmp_path / "no_such" / "t"),
     ):
         raise AssertionError("never entered")

@@ -549,11 +549,11 @@ class Engine:
 
     def _submit(self, handle: Handle, *, patient: bool = False) -> Handle:
         with self._wake:
-            if self._closed:
-                raise Closed("the engine is closed")
             if patient:
                 self._wake.wait_for(lambda: self._waiting < self._max_waiting or self._closed)
-            elif self._waiting >= self._max_waiting:
+            if self._closed:
+                raise Closed("the engine is closed")
+            if self._waiting >= self._max_waiting:
                 raise Busy(f"{self._waiting} requests wait, and max_waiting is {self._max_waiting}: try again later")
             self._waiting += 1
             self._inbox.append(handle)

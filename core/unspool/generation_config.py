@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from unspool.config import Variation, validate
-from unspool.errors import ConfigError, InputError, Problem
+from unspool.errors import ConfigError, InputError, ModelError, Problem
 from unspool.layers import Layer, Merged
 from unspool.registry import Registry
 from unspool.spec import nearest

@@ -1,8 +1,8 @@
 """The one thread that computes.
 
-OpenMP keeps a team of threads for every thread that ever ran a parallel operation. Once there are more of them than cores
-its barriers sleep instead of spinning, and small operations take several times as long. So a model is loaded on the
-thread that will run it, and nobody else computes. See `docs/performance.md`.
+OpenMP keeps a team of threads for every thread that ever ran a parallel operation. Once there are more of them than
+cores its barriers sleep instead of spinning, and small operations take several times as long. So a model is loaded on
+the thread that will run it, and nobody else computes. See `docs/performance.md`.
 """
 
 from __future__ import annotations
