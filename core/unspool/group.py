@@ -130,6 +130,8 @@ class Group:
         held = self.readings is not None  # hung by select, for the next step
         node = self.tree.child(parent, token)
         if node is not None and node in (self.newly_held if held else self.drafts):
+            if not held and plugin is self.pipeline.strategy:
+                self.drafts[node].plugin = plugin  # its own drafts are never deleted
             return node
         if node is None:
             node = self.tree.grow(parent, token)
@@ -185,6 +187,18 @@ class Group:
                 order = sorted(range(len(nodes)), key=lambda i: (self.tree.length[nodes[i]], i))
                 for i in reversed(order[self.budget :]):
                     self.forget(nodes[i])
+
+    def give_up_guesses(self) -> bool:
+        """Delete all drafts but the strategy's own, for want of slots. False: there are none."""
+        guesses = [
+            node
+            for live in self.lives
+            for node in live.drafts
+            if self.drafts[node].plugin is not self.pipeline.strategy
+        ]
+        for node in sorted(guesses, key=self.tree.length.__getitem__, reverse=True):
+            self.forget(node)
+        return bool(guesses)
 
     def forget(self, node: int) -> None:
         """Delete a draft."""

@@ -129,7 +129,7 @@ def check_conservation(loop: Loop) -> None:
     assert len(loop.tree) == 0, f"{len(loop.tree)} nodes are left"
     assert not any(loop.tree.states), "path states are left"
     assert not any(text is not None for text in loop.tree.text), "states of text are left"
-    for lane in [loop.main, *loop.lanes.values()]:
+    for lane in [loop.main, *loop.lanes.companions.values()]:
         pool = lane.cache.pool
         assert pool.free == pool.size, f"{pool.size - pool.free} slots are left"
         assert not pool._claimed.any(), "claims are left"
@@ -173,6 +173,6 @@ def plugin(kind: type[Plugin], name: str | None = None, **params: Any) -> Plugin
 
 
 def _poison(loop: Loop) -> None:
-    for lane in [loop.main, *loop.lanes.values()]:
+    for lane in [loop.main, *loop.lanes.companions.values()]:
         if isinstance(lane.cache.runner, TableModel):
             lane.cache.runner.poison(np.flatnonzero(~lane.cache.pool._used))

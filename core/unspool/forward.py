@@ -1,0 +1,104 @@
+"""The pass of a step: everything that runs, of all groups, packed into one forward a lane."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from unspool.errors import ModelError
+from unspool.group import Group
+from unspool.lane import Cache, Lane, Share
+from unspool.live import Live
+from unspool.schedule import Plan, Scheduler, Short
+
+
+class Forward:
+    """Runs passes.
+
+    Args:
+        main: the target's lane.
+        scheduler: knows what each request has to run.
+        fail: what to do with a request that fails.
+    """
+
+    def __init__(self, main: Lane, scheduler: Scheduler, fail: Callable[[Live, Exception], None]) -> None:
+        self._main, self._scheduler, self._fail = main, scheduler, fail
+
+    def run(self, plan: Plan, groups: Sequence[Group]) -> None:
+        """Run the pass: pieces of prompts and all rows and drafts of all groups, then companions for every row."""
+        now = time.monotonic()
+        self._make_sure_of_slots(plan, groups)
+        for lane in dict.fromkeys([self._main, *self._beside(groups), *(lane for lane, _ in plan.pieces)]):
+            shares = [piece for where, piece in plan.pieces if where is lane and piece.live.result is None]
+            hidden: set[int] = set()
+            for group in groups:
+                if lane is self._main or lane in group.beside():
+                    shares += [self._share(group, live, lane) for live in group.lives]
+                    hidden.update(group.pipeline.hidden if lane is self._main else ())
+            shares = [share for share in shares if share.tokens]
+            if not shares:
+                continue
+            try:
+                readings = lane.run(shares, sorted(hidden))
+            except Exception as error:  # such as too little memory for this batch: those that wait go on
+                fault = ModelError(f"the forward pass failed: {type(error).__name__}: {error}")
+                for share in shares:
+                    self._fail(share.live, fault)
+                for group in groups:
+                    group.lives = [live for live in group.lives if live.result is None]
+                continue
+            for group in groups:
+                group.read(lane, readings)
+            if lane is self._main:
+                for share in shares:
+                    counts = share.live.counts
+                    counts.forward_passes += 1
+                    counts.rows += share.tokens
+                    counts.started = counts.started or now
+        for group in groups:
+            if group.readings is None and group.lives:  # rows that are all held, with no draft to run
+                group.read_nothing()
+
+    def _share(self, group: Group, live: Live, lane: Lane) -> Share:
+        share = self._scheduler.share(live, lane)
+        if not group.drafts:
+            return share
+        drafts = group.running_drafts(live)
+        if lane is self._main:
+            live.counts.drafted += sum(not group.drafts[node].held for node in drafts)
+        nodes = dict.fromkeys([*share.nodes, *drafts])
+        return Share(live, share.prompt, share.ancestors, [n for n in nodes if n != live.root or not share.prompt])
+
+    def _beside(self, groups: Sequence[Group]) -> list[Lane]:
+        return [lane for group in groups for lane in group.beside()]
+
+    def _make_sure_of_slots(self, plan: Plan, groups: Sequence[Group]) -> None:
+        """Make room for drafts that strategies hung over the budget.
+
+        Guesses go first; then the youngest request waits, or fails if it is alone.
+        """
+        while any(group.drafts for group in groups):
+            needs: dict[Cache, int] = {}
+            for lane, piece in plan.pieces:
+                needs[lane.cache] = needs.get(lane.cache, 0) + piece.new_slots(lane)
+            for group in groups:
+                for live in group.lives:
+                    drafts = len(group.running_drafts(live))
+                    for lane in [self._main, *group.beside()]:
+                        new = self._scheduler.share(live, lane).new_slots(lane) + drafts
+                        needs[lane.cache] = needs.get(lane.cache, 0) + new
+            short = [cache for cache, need in needs.items() if need > cache.pool.free]
+            if not short:
+                return
+            if any(group.give_up_guesses() for group in groups):
+                continue
+            youngest = max(self._scheduler.running, key=lambda live: live.order)
+            for group in groups:
+                if youngest in group.lives:
+                    group.forget_drafts_of(youngest)
+                    group.lives.remove(youngest)
+            plan.pieces = [(lane, piece) for lane, piece in plan.pieces if piece.live is not youngest]
+            if len(self._scheduler.running) == 1:
+                self._fail(youngest, Short(youngest, needs[short[0]], short[0]).error)
+            else:
+                self._scheduler.preempt(youngest)
