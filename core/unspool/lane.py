@@ -79,6 +79,8 @@ class Share(NamedTuple):
 
     def new_slots(self, lane: Lane) -> int:
         """Count the slots that it will take."""
+        if len(self.nodes) == 1 and not self.ancestors and not self.prompt:  # most requests, most of the time
+            return int(self.nodes[0] not in lane.slot)
         return len(self.prompt) + len(self.silent) + sum(node not in lane.slot for node in self.nodes)
 
 
@@ -235,7 +237,7 @@ class _Packing:
         if not nodes:
             return
         track, start, slots = live.tracks[lane], len(self.tokens), lane.slot
-        base, last = len(track.prompt) - 1, int(track.prompt[-1])
+        base = len(track.prompt) - 1
         for at, node in enumerate(nodes, start):
             slot = slots.get(node)
             if slot is None:
@@ -246,7 +248,7 @@ class _Packing:
                 self.row[node] = len(self.wanted)
                 self.wanted.append(at)
             # In a companion's lane the root is the last token of the companion's own prompt.
-            self.tokens.append(last if node == live.root else tree.token[node])
+            self.tokens.append(int(track.prompt[-1]) if node == live.root else tree.token[node])
             self.positions.append(base + tree.length[node])
             self.slot_list.append(slot)
         self.spans.append(self._span(live, start, nodes))
