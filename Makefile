@@ -7,7 +7,7 @@ OLDEST := $(VENV)/oldest
 PROJECTS := $(wildcard core/pyproject.toml strategies/*/pyproject.toml plugins/*/pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-quick lint bench docs clean
+.PHONY: help install demo test test-quick lint proof bench docs clean
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ lint: $(STAMP)  ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+proof: $(STAMP)  ## Try every law on everything at length, and every planted fault (before a release; takes an hour)
+	$(BIN)/python tests/power/proof.py
 
 bench: $(STAMP)  ## Compare with other engines
 	$(BIN)/python benchmarks/loop_cost.py

@@ -35,6 +35,8 @@ from unspool.registry import Entry, Registry
 from unspool.request import Hypothesis, Request, Result, Stats
 from unspool.schema import config_schema
 from unspool.step import Drafts, Step
+from unspool_testing.claims import METHODS, Claims
+from unspool_testing.laws import LAWS
 
 ROOT = Path(__file__).parents[1]
 PLUGINS = """\
@@ -45,6 +47,16 @@ HOOKS_READING = """\
 Read [how it works](how-it-works.md) for the whole and [write a strategy](write-a-strategy.md) for a first plugin. `[n]`
 is a shape; integers are int64; floats have the working dtype: float32, or float64 where the model is float64. Only
 `step.raw` has the model's own dtype."""
+LAWS_READING = """\
+What the [test kit](../plugins/testing/README.md) holds a plugin to. [Prove a strategy](prove.md) shows how to run them:
+`unspool check NAME`, `@parametrize_with_laws(NAME)`, `pytest --unspool-check NAME`. On exact models, tables and tiny
+networks in float64, they are equalities. Which of them apply follows from what a plugin does and declares. How they are
+known to see faults is on a page of its own: [planted faults](faults.md)."""
+CLAIMS_READING = """\
+Most laws hold for every plugin. What one plugin is *for*, only its author can say, and a claim says it a second time,
+slowly, the way that the paper does. A class of claims has any of these static methods; an entry point in the group
+`unspool.claims` names it under the plugin's own name. A `row` has `prompt`, `tokens`, `path`, `logits`, `logprobs`,
+`end_ids`, `max_new_tokens`, `uniform(purpose)` and `model`."""
 NOTE = "<!-- Written by docs/generate.py from the code. Change the code, then run `make docs`. -->"
 
 
@@ -270,6 +282,20 @@ def _at_defaults(entry: Entry) -> Plugin | None:
     return plugin
 
 
+# ---- laws.md ---------------------------------------------------------------------------------------------------------
+
+
+def laws_page() -> str:
+    """Give docs/laws.md."""
+    parts = ["# Laws", NOTE, LAWS_READING]
+    for law in LAWS.values():
+        check = law.check.__name__  # type: ignore[attr-defined]
+        parts.append(f"## {law.name}\n\n**{law.says}**\n\n{law.why}\n\nIn a test: `{check}(case)`.")
+    claims = [[f"`{name}`", prose(getattr(Claims, name))] for name in METHODS]
+    parts.append(f"## Claims\n\n{CLAIMS_READING}\n\n{table(('claim', 'what it says'), claims)}")
+    return "\n\n".join(parts) + "\n"
+
+
 # ---- hooks.md --------------------------------------------------------------------------------------------------------
 
 
@@ -392,6 +418,7 @@ def pages() -> dict[Path, str]:
     """Map every file that holds something generated to what it should hold."""
     files = {
         ROOT / "docs/hooks.md": hooks_page(),
+        ROOT / "docs/laws.md": laws_page(),
         ROOT / "docs/plugins.md": plugins_page(),
         ROOT / "docs/config-schema.json": json.dumps(config_schema(workspace()), indent=2, ensure_ascii=False) + "\n",
     }

@@ -5,23 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from hypothesis import strategies as st
-from small_plugins import (
-    Bias,
-    Calm,
-    EarlyExit,
-    FirstLayers,
-    Forks,
-    Guidance,
-    Impatient,
-    LookAheadChoice,
-    Mood,
-    NarrowSearch,
-    NoDoubles,
-    Particles,
-    Sated,
-    Tired,
-    Voting,
-)
+from small_plugins import Calm, EarlyExit, FirstLayers, Impatient, Mood, Sated, Voting
 
 from unspool.pipeline import Pipeline
 from unspool.plugin import Plugin
@@ -34,6 +18,7 @@ from unspool_sample.temperature import Temperature
 from unspool_sample.top_k import TopK
 from unspool_testing.drafters import DraftModel, GuessChains, GuessTrees, Recall
 from unspool_testing.driver import plugin, request
+from unspool_testing.hosts import Bias, Forks, Guidance, LookAheadChoice, NarrowSearch, NoDoubles, Particles, Tired
 
 PIPELINES: Mapping[str, Callable[[], Pipeline]] = {
     "greedy": lambda: Pipeline(plugin(Greedy)),

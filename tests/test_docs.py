@@ -36,7 +36,7 @@ PAGES = [
     *sorted(path for folder in ("core", "strategies", "plugins") for path in ROOT.glob(f"{folder}/**/README.md")),
     ROOT / "tests" / "README.md",
 ]
-LANGUAGES = {"python", "yaml", "toml", "json", "console", "sh", "mermaid", ""}
+LANGUAGES = {"python", "yaml", "toml", "json", "console", "sh", "mermaid", "text", ""}
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,8 @@ def blocks(page: Path) -> Iterator[Block]:
         yield Block(page, text[: match.start()].count("\n") + 2, match[1], match[2], match[3])
 
 
-BLOCKS = [block for page in PAGES for block in blocks(page)]
+BLOCKS = [block for page in PAGES for block in blocks(page) if not block.note.startswith("tutorial")]
+"""What stands on a page. (A tutorial is done as a whole, by a test of its own.)"""
 
 
 def of(*languages: str) -> list[Block]:

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from pipelines import PIPELINES, drafters, requests, slots_for
 
 from unspool.loop import Loop
+from unspool_testing.compare import check_batch, check_equal, circumstances, with_pipeline, with_plugin
 from unspool_testing.driver import Circumstances, drive, request
-from unspool_testing.laws import check_batch, check_equal, circumstances, with_pipeline, with_plugin
 from unspool_testing.table import TableModel
 
 VOCAB = 5

@@ -10,7 +10,6 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pipelines import PIPELINES, drafters
-from small_plugins import Bias, NarrowSearch
 
 from unspool.config import Config, read_config, validate
 from unspool.errors import ConfigError
@@ -19,8 +18,9 @@ from unspool.registry import Registry
 from unspool.request import Request
 from unspool.resolved import Defaults, describe, resolve_request
 from unspool_greedy import Greedy
+from unspool_testing.compare import check_equal, with_plugin
 from unspool_testing.driver import alone, plugin, request
-from unspool_testing.laws import check_equal, with_plugin
+from unspool_testing.hosts import Bias, NarrowSearch
 from unspool_testing.table import TableModel
 
 VOCAB = 5

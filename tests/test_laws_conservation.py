@@ -12,8 +12,8 @@ from unspool.loop import Loop
 from unspool.pipeline import Pipeline
 from unspool.request import PreparedRequest
 from unspool_greedy import Greedy
+from unspool_testing.compare import check_equal, circumstances, texts, with_pipeline, with_plugin
 from unspool_testing.driver import Circumstances, alone, drive, plugin, request
-from unspool_testing.laws import check_equal, circumstances, texts, with_pipeline, with_plugin
 from unspool_testing.table import TableModel
 
 VOCAB = 4

@@ -11,7 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pipelines import drafters
-from small_plugins import Forks, NarrowSearch, NoDoubles, Particles
 from torch import Tensor
 
 from unspool.pipeline import Pipeline
@@ -19,9 +18,10 @@ from unspool_greedy import Greedy
 from unspool_sample.sample import Sample
 from unspool_sample.temperature import Temperature
 from unspool_sample.top_k import TopK
+from unspool_testing.compare import texts, with_plugin
 from unspool_testing.driver import Circumstances, drive, plugin, request
 from unspool_testing.enumeration import enumerate_texts
-from unspool_testing.laws import texts, with_plugin
+from unspool_testing.hosts import Forks, NarrowSearch, NoDoubles, Particles
 from unspool_testing.table import Path, TableModel
 
 VOCAB, DRAWS = 3, 3000

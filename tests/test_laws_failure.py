@@ -6,16 +6,7 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from small_plugins import (
-    BadStrategy,
-    Bias,
-    Faulty,
-    Impatient,
-    Ledger,
-    NarrowSearch,
-    NoDoubles,
-    Wall,
-)
+from small_plugins import BadStrategy, Faulty, Impatient, Ledger, Wall
 
 from unspool.errors import AdmissionError, ConstraintError, DeadEnd, ModelError, PluginError
 from unspool.loop import Loop
@@ -25,9 +16,10 @@ from unspool.request import PreparedRequest, Result
 from unspool.step import Step
 from unspool_greedy import Greedy
 from unspool_sample.sample import Sample
+from unspool_testing.compare import check_equal, texts, with_plugin
 from unspool_testing.drafters import DraftModel, GuessTrees, Recall
 from unspool_testing.driver import GOOD, Circumstances, alone, check_conservation, drive, plugin, request
-from unspool_testing.laws import check_equal, texts, with_plugin
+from unspool_testing.hosts import Bias, NarrowSearch, NoDoubles
 from unspool_testing.runners import MisbehavingRunner
 from unspool_testing.table import TableModel
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from pipelines import PIPELINES, drafters, requests, slots_for
 
 from unspool.huggingface.runner import HuggingFaceRunner
+from unspool_testing.compare import check_batch, check_speculation, circumstances, with_pipeline, with_plugin
 from unspool_testing.driver import Circumstances, alone, drive, request
-from unspool_testing.laws import check_batch, check_speculation, circumstances, with_pipeline, with_plugin
 from unspool_testing.networks import tiny_model
 
 VOCAB = 64

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pipelines import PIPELINES, drafters, requests
-from small_plugins import FirstLayers, Guidance, Mood, NarrowSearch
+from small_plugins import FirstLayers, Mood
 from torch import Tensor
 
 from unspool.hooks import Growth
@@ -18,8 +18,9 @@ from unspool.plugin import Plugin, hookimpl
 from unspool.step import Step
 from unspool_greedy import Greedy
 from unspool_sample.sample import Sample
+from unspool_testing.compare import texts, with_pipeline, with_plugin
 from unspool_testing.driver import Circumstances, alone, drive, plugin, request
-from unspool_testing.laws import texts, with_pipeline, with_plugin
+from unspool_testing.hosts import Guidance, NarrowSearch
 from unspool_testing.table import TableModel
 
 VOCAB = 4
@@ -112,7 +113,7 @@ def test_companions_and_hidden_states_are_those_of_the_path_alone(plugins: list[
                 logits = model.logits_after(prompt + path).clone()
                 for kind in plugins:
                     if kind is Guidance:
-                        logits += 0.7 * (logits - model.logits_after((2, 3, *path)))
+                        logits += 0.7 * (logits - model.logits_after((0, 1, *path)))
                     elif kind is FirstLayers:
                         logits -= 0.5 * model.logits_after(prompt + path, layers=1)
                     else:

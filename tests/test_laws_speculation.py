@@ -12,9 +12,9 @@ from unspool.pipeline import Pipeline
 from unspool.request import PreparedRequest
 from unspool.runner import Batch, Output
 from unspool_greedy import Greedy
+from unspool_testing.compare import check_equal, check_speculation, circumstances, texts, with_pipeline, with_plugin
 from unspool_testing.drafters import DraftModel, GuessChains, Recall
 from unspool_testing.driver import Circumstances, alone, drive, plugin, request
-from unspool_testing.laws import check_equal, check_speculation, circumstances, texts, with_pipeline, with_plugin
 from unspool_testing.runners import CountingRunner
 from unspool_testing.table import TableModel
 

@@ -6,14 +6,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pipelines import PIPELINES, drafters, requests
-from small_plugins import NarrowSearch, Sated
+from small_plugins import Sated
 
 from unspool.pipeline import Pipeline
 from unspool_greedy import Greedy
 from unspool_sample.sample import Sample
+from unspool_testing.compare import texts, with_pipeline, with_plugin
 from unspool_testing.drafters import Recall
 from unspool_testing.driver import drive, plugin, request
-from unspool_testing.laws import texts, with_pipeline, with_plugin
+from unspool_testing.hosts import NarrowSearch
 from unspool_testing.table import TableModel
 
 VOCAB = 4

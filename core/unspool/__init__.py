@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from unspool.plugin import Companion as Companion
     from unspool.plugin import Parameters as Parameters
     from unspool.plugin import Plugin as Plugin
+    from unspool.plugin import TokenId as TokenId
+    from unspool.plugin import TokenIds as TokenIds
     from unspool.plugin import hookimpl as hookimpl
     from unspool.plugin import per_request as per_request
     from unspool.request import Hypothesis as Hypothesis
@@ -29,6 +31,8 @@ _HOMES = {
     "Request": "request",
     "Result": "request",
     "Step": "step",
+    "TokenId": "plugin",
+    "TokenIds": "plugin",
     "UnspoolError": "errors",
     "hookimpl": "plugin",
     "per_request": "plugin",

@@ -227,8 +227,7 @@ class Group:
 
     def running_drafts(self, live: Live) -> list[int]:
         """List the drafts of a request that the pass is to run, parents first."""
-        held = [node for branch in live.branches if branch.held for node in branch.held.drafts]
-        return [node for node in [*held, *live.drafts] if self.drafts[node].runs]
+        return [*live.held_drafts, *(node for node in live.drafts if self.drafts[node].runs)]
 
     def drafts_below(self, nodes: Sequence[int], plugin: Plugin | None) -> list[tuple[int, int]]:
         """List (row, draft) just below the nodes of rows."""

@@ -77,6 +77,12 @@ class Live:
     result: Result | None = None
 
     @property
+    def held_drafts(self) -> list[int]:
+        """List the drafts below held rows that run; branches on one node share theirs."""
+        held = [branch.held.drafts for branch in self.branches if branch.held]
+        return list(dict.fromkeys(node for drafts in held for node, draft in drafts.items() if draft.runs))
+
+    @property
     def deadline(self) -> float | None:
         """Give the moment of its deadline on the monotonic clock."""
         seconds = self.request.limits.deadline

@@ -30,6 +30,10 @@ class PluginSpec:
     params: Mapping[str, Any] = field(default_factory=dict)
 
 
+_NO_HOOKS = frozenset(dir(Plugin))
+"""What every plugin has."""
+
+
 class _Manager(pluggy.PluginManager):
     """Calls hooks in the order of the config, constraints' transforms first (pluggy itself begins with the last)."""
 
@@ -41,6 +45,8 @@ class _Manager(pluggy.PluginManager):
         self.check_pending()
 
     def parse_hookimpl_opts(self, plugin: Any, name: str) -> Any:
+        if name in _NO_HOOKS:
+            return None  # pluggy asks about every attribute, and its answer takes long
         options = super().parse_hookimpl_opts(plugin, name)
         if options is not None and name == "logits_transform" and plugin.constraint:
             options["tryfirst"] = True

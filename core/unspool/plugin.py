@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import pluggy
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 if TYPE_CHECKING:
     from unspool.pipeline import Pipeline
@@ -56,6 +56,17 @@ def per_request_fields(params: type[BaseModel]) -> frozenset[str]:
         for name, field in params.model_fields.items()
         if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("per_request")
     )
+
+
+def _listed(value: Any) -> Any:
+    return (value,) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+TokenId = Annotated[int, Field(ge=0, json_schema_extra={"token_id": True})]
+"""A parameter that is one token id. (So marked, the test kit keeps it inside a model's vocabulary.)"""
+
+TokenIds = Annotated[tuple[TokenId, ...], Field(min_length=1), BeforeValidator(_listed)]
+"""A parameter of at least one token id; a bare id stands for a list of one."""
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,7 @@ class Scheduler:
         ]
         before = sum(len(share.prompt) + len(share.ancestors) for _, share in shares)
         whole = sum(share.tokens for _, share in shares)
-        drafts = sum(len(branch.held.drafts) for branch in live.branches if branch.held)
+        drafts = len(live.held_drafts)
         whole += drafts * len(shares)
         if whole <= left.tokens or (before == 0 and plan.tokens == 0):
             needs = [(lane, share.new_slots(lane) + drafts) for lane, share in shares]

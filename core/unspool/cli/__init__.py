@@ -1,4 +1,4 @@
-"""The command line: `unspool generate`, `run`, `plugins` and `config`.
+"""The command line: `unspool generate`, `run`, `plugins` and `config`, and what other distributions add.
 
 Exit codes: 0 done, 1 some request failed, 2 the input is wrong, 3 the output could not be written. Nothing here imports
 torch or a model before a command needs it, so help and completion are quick.
@@ -11,9 +11,11 @@ from typing import Annotated
 import typer
 
 from unspool.cli import config, generate, plugins, run
+from unspool.cli.commands import Commands
 
 app = typer.Typer(
     name="unspool",
+    cls=Commands,
     help="Decode language models with strategies that are plugins.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -18,8 +18,8 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from unspool.plugin import Parameters, Plugin, hookimpl
-from unspool_penalties.token_ids import TokenId, index
+from unspool.plugin import Parameters, Plugin, TokenId, hookimpl
+from unspool_penalties.token_ids import index
 
 if TYPE_CHECKING:
     from unspool.step import Step

@@ -21,8 +21,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from unspool.plugin import Parameters, Plugin, hookimpl, per_request
-from unspool_penalties.token_ids import TokenId
+from unspool.plugin import Parameters, Plugin, TokenId, hookimpl, per_request
 
 if TYPE_CHECKING:
     from unspool.step import Step

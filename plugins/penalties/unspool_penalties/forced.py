@@ -18,8 +18,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from unspool.plugin import Parameters, Plugin, hookimpl
-from unspool_penalties.token_ids import TokenIds, index
+from unspool.plugin import Parameters, Plugin, TokenIds, hookimpl
+from unspool_penalties.token_ids import index
 
 if TYPE_CHECKING:
     from unspool.step import Step

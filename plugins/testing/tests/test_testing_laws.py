@@ -10,9 +10,9 @@ from unspool.hooks import Growth
 from unspool.pipeline import Pipeline
 from unspool.plugin import Plugin, hookimpl
 from unspool.step import Step
+from unspool_testing.compare import check_batch, check_speculation, with_plugin
 from unspool_testing.drafters import GuessChains
 from unspool_testing.driver import Circumstances, plugin, request
-from unspool_testing.laws import check_batch, check_speculation, with_plugin
 from unspool_testing.table import TableModel
 
 

@@ -98,7 +98,7 @@ class DraftModel(Plugin):
         """Which model, and how far it goes."""
 
         model: str | None = Field(None, description="The draft model's name; none: the target itself.")
-        layers: int | None = Field(None, description="Run only its first layers.")
+        layers: int | None = Field(None, ge=1, description="Run only its first layers.")
         length: int = Field(3, ge=1, description="Drafts in a chain.")
 
     def companions(self) -> Mapping[str, Companion]:

@@ -6,7 +6,9 @@ are to share. `drive` brings requests to their ends under them; `alone` gives ea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,7 +20,9 @@ from unspool.loop import Loop
 from unspool.pipeline import Pipeline
 from unspool.plugin import Plugin
 from unspool.request import Limits, PreparedRequest, Result
-from unspool.runner import ModelRunner
+from unspool.runner import Batch, ModelRunner, Output
+from unspool.trace import Recorder
+from unspool.tree import NONE
 from unspool_testing.table import CacheError, TableModel
 
 MOST_STEPS = 5000
@@ -52,6 +56,31 @@ GOOD = Circumstances()
 Models = Mapping[str, ModelRunner]
 """The models that companions may name."""
 
+Record = dict[str, Any]
+"""One record of a trace, as `unspool.trace` writes it."""
+
+
+@dataclass
+class Run:
+    """One run that `recording` has noted: its trace, and what it was called."""
+
+    name: str
+    records: list[Record] = field(default_factory=list)
+
+
+_RUNS: ContextVar[list[Run] | None] = ContextVar("runs", default=None)
+
+
+@contextmanager
+def recording() -> Iterator[list[Run]]:
+    """Trace all runs while the context lasts."""
+    runs: list[Run] = []
+    token = _RUNS.set(runs)
+    try:
+        yield runs
+    finally:
+        _RUNS.reset(token)
+
 
 def drive(
     runner: ModelRunner,
@@ -59,10 +88,12 @@ def drive(
     circumstances: Circumstances = GOOD,
     models: Models | None = None,
     watch: Callable[[Loop], None] = lambda loop: None,
+    name: str = "",
 ) -> list[Result]:
     """Run requests to their ends. Return their results in order.
 
-    After each step what free slots hold is forgotten, where the model can, and `watch` sees the loop.
+    After each step what free slots hold is forgotten, where the model can, and `watch` sees the loop. `name` is what
+    an account of the run calls it.
 
     Raises:
         AssertionError: a slot, a node, a state or a lane is left at the end, some request ended twice or never, or an
@@ -86,6 +117,9 @@ def drive(
         models=lambda name: at_hand[name],
         finished=finished,
     )
+    if (runs := _RUNS.get()) is not None:
+        runs.append(Run(name))
+        loop.recorder = Recorder(runs[-1].records.append)
     arrivals = [*circumstances.arrivals, *[0] * len(requests)][: len(requests)]
     coming = sorted(range(len(requests)), key=lambda i: arrivals[i])
     since: dict[int, int] = {}
@@ -108,6 +142,7 @@ def drive(
         if loop.busy:
             loop.step()
             _poison(loop)
+            check_holdings(loop)
             watch(loop)
     assert len(results) == len(requests), f"requests {sorted(set(range(len(requests))) - set(results))} did not end"
     check_conservation(loop)
@@ -116,7 +151,106 @@ def drive(
 
 def alone(runner: ModelRunner, requests: Sequence[PreparedRequest], models: Models | None = None) -> list[Result]:
     """Run each request by itself, with room for all that it wants."""
-    return [drive(runner, [request], models=models)[0] for request in requests]
+    return [drive(runner, [request], models=models, name=f"request {request.id} alone")[0] for request in requests]
+
+
+def least_slots(runner: ModelRunner, requests: Sequence[PreparedRequest], models: Models | None = None) -> int:
+    """Say how many slots a pool must have so that each request can run in it alone.
+
+    It is measured: the most that any model's pool holds in a pass of a run alone, and what admission asks for. Where
+    there is little room for guesses, branches move side by side, and may hold more than when guesses help one of them
+    on; so a drafting pipeline gets what it takes with its guesses and, in each of its lanes, what it takes without.
+    """
+    most = 1
+    for request in requests:
+        need = _peak(runner, request, models or {})
+        if plain := _without_guesses(request):
+            need += (1 + len(request.pipeline.companions)) * _peak(runner, plain, models or {})
+        most = max(most, need)
+    return most
+
+
+def _peak(runner: ModelRunner, request: PreparedRequest, models: Models) -> int:
+    most = 0
+
+    def look() -> None:
+        nonlocal most
+        most = max([most, *(cache.pool.size - cache.pool.free for cache in loop.lanes._caches.values())])
+
+    others = {name: _Watched(model, look) for name, model in models.items()}
+    loop = Loop(_Watched(runner, look), GOOD.slots, models=others.__getitem__)
+    try:
+        loop.submit(request)
+    except AdmissionError:
+        return 0
+    most = _admitted_with(loop, request)
+    while loop.busy:
+        loop.step()
+    return most
+
+
+def _without_guesses(request: PreparedRequest) -> PreparedRequest | None:
+    pipeline = request.pipeline
+    rest = [plugin for plugin in pipeline.plugins[:-1] if not hasattr(plugin, "pre_forward")]
+    if len(rest) == len(pipeline.plugins) - 1:
+        return None
+    return replace(request, pipeline=Pipeline(pipeline.strategy, rest))
+
+
+def _admitted_with(loop: Loop, request: PreparedRequest) -> int:
+    """Say how many slots of one model admission wants for a request (see `Scheduler.refuse`)."""
+    starts, new = request.pipeline.strategy.start(request), request.limits.max_new_tokens
+    needs: dict[int, int] = {}
+    for lane, prompt in loop.scheduler.prompts(request).items():
+        needs[id(lane.cache)] = needs.get(id(lane.cache), 0) + len(prompt) + max(1, starts) * (new - 1)
+    return max(needs.values())
+
+
+class _Watched:
+    """Passes everything on, and calls somebody before each pass, when all its slots are taken."""
+
+    def __init__(self, runner: ModelRunner, look: Callable[[], None]) -> None:
+        self._runner, self._look = runner, look
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runner, name)
+
+    def forward(self, batch: Batch) -> Output:
+        self._look()
+        return self._runner.forward(batch)
+
+
+def check_holdings(loop: Loop) -> None:
+    """Check that a loop, between two steps, holds what its requests need and nothing else.
+
+    Raises:
+        AssertionError: a slot without an owner or with two, a node without a branch, a count that is wrong.
+    """
+    tree, lives = loop.tree, [*loop.scheduler.running, *loop.scheduler.waiting]
+    wanted: set[int] = set()
+    for live in lives:
+        ends = [live.root, *(branch.node for branch in live.branches)]
+        ends += [draft for branch in live.branches if branch.held for draft in branch.held.drafts]
+        for end in ends:
+            node = end
+            while node != NONE and node not in wanted:
+                wanted.add(node)
+                node = tree.parent[node]
+        assert not live.drafts, f"request {live.request.id} keeps drafts {live.drafts} between steps"
+    assert len(tree) == len(wanted), f"the tree has {len(tree)} nodes, and {len(wanted)} are needed"
+    lanes = [loop.main, *loop.lanes.companions.values()]
+    for cache in {id(lane.cache): lane.cache for lane in lanes}.values():
+        slots: list[int] = []
+        for lane in (lane for lane in lanes if lane.cache is cache):
+            tracks = [live.tracks[lane] for live in lives if lane in live.tracks]
+            slots += [slot for track in tracks for slot in track.slots[: track.done].tolist()]
+            roots = {live.root for live in lives}
+            slots += [slot for node, slot in lane.slot.items() if node not in roots]
+            stray = [node for node in lane.slot if node not in wanted]
+            assert not stray, f"nodes {stray} have slots and belong to nobody"
+        assert len(set(slots)) == len(slots), f"a slot has two owners: {sorted(slots)}"
+        used = cache.pool.size - cache.pool.free
+        assert len(slots) == used, f"{used} slots are taken and {len(slots)} have an owner"
 
 
 def check_conservation(loop: Loop) -> None:

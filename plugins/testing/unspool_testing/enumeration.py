@@ -1,16 +1,24 @@
-"""Brute force: every text that can come, and how likely it is."""
+"""Brute force: every text that can come, and how likely it is, by hand or as the plugins of a pipeline claim."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from unspool.request import PreparedRequest
+from unspool_testing.claims import Row, floats
+from unspool_testing.known import Known
 from unspool_testing.table import Path, TableModel
 
 Transform = Callable[[Path, Tensor], Tensor]
 """New tokens so far, logits `[vocab]` -> transformed logits `[vocab]`; -inf forbids a token."""
+
+Choice = Callable[[Any, Row], Sequence[float]]
+"""A claim `distribution`."""
 
 
 def enumerate_texts(
@@ -43,3 +51,56 @@ def enumerate_texts(
                 else:
                     frontier.append(child)
     return texts
+
+
+def claimed_texts(
+    known: Known, request: PreparedRequest, model: TableModel, choice: Choice | None = None
+) -> dict[Path, tuple[float, ...]]:
+    """Give every text of a request, with the log-probability of each token, by the claims of its plugins.
+
+    Args:
+        known: the plugins and what they claim.
+        request: what is decoded. Each of its plugins that transforms must claim a `transform` that needs no noise.
+        model: the target.
+        choice: the strategy's claim `distribution`; None: each token comes with its probability.
+    """
+    claims = [
+        (request.parameters[plugin.name], claim)
+        for plugin, _ in request.pipeline.implementations("logits_transform")
+        if (claim := known.claim(plugin.name, "transform")) is not None
+    ]
+    if choice is not None:
+        claims.append((request.pipeline.strategy.params, lambda params, row: [_log(p) for p in choice(params, row)]))
+    limits, along = request.limits, {}
+
+    def transform(tokens: Path, logits: Tensor) -> Tensor:
+        for params, claim in claims:
+            if bool(logits.amax() > -torch.inf):
+                logits = logits.new_tensor(claim(params, row_without_noise(request, tokens, logits, model)))
+        along[tokens] = logits.log_softmax(-1).tolist()
+        return logits
+
+    texts = enumerate_texts(
+        model,
+        request.prompt_ids,
+        limits.max_new_tokens,
+        request.end_ids,
+        min_new_tokens=limits.min_new_tokens,
+        transform=transform,
+    )
+    return {text: tuple(along[text[:place]][token] for place, token in enumerate(text)) for text in texts}
+
+
+def _log(probability: float) -> float:
+    return math.log(probability) if probability > 0 else -math.inf
+
+
+def row_without_noise(request: PreparedRequest, tokens: Path, logits: Tensor, model: TableModel) -> Row:
+    """Show a place in a text to a claim that speaks of all noise at once."""
+
+    def uniform(purpose: str) -> float:
+        raise ValueError(f"the number {purpose!r} is not known: this claim is about all noise at once")
+
+    return Row(
+        request.prompt_ids, tokens, floats(logits), (), request.end_ids, request.limits.max_new_tokens, uniform, model
+    )

@@ -53,4 +53,6 @@ class MisbehavingRunner(CountingRunner):
             raise RuntimeError("the model broke down, as it was asked to")
         output = super().forward(batch)
         spoilt = [token in self._nan_after for token in batch.token_ids[batch.wanted].tolist()]
-        return replace(output, logits=output.logits.masked_fill(torch.tensor(spoilt).unsqueeze(-1), torch.nan))
+        return replace(
+            output, logits=output.logits.masked_fill(torch.tensor(spoilt, dtype=torch.bool).unsqueeze(-1), torch.nan)
+        )

@@ -67,6 +67,8 @@ class TableModel:
         """Passes that were run."""
         self.tokens = 0
         """Tokens that were run, in all passes."""
+        self.paths: list[tuple[int, Path]] = []
+        """Each token that was run, as the layers that it went through and the path that it ended."""
         self._known: dict[tuple[Path, int], Tensor] = {}
         self._slots = _Slots(0)
 
@@ -96,7 +98,12 @@ class TableModel:
             text = f"{self.seed}/{layer}/{len(digest)}/{ending}"
             digest += hashlib.blake2b(text.encode()).digest()
         uniform = np.frombuffer(digest, dtype=np.uint64)[: self.vocab_size] / 2.0**64
-        return torch.from_numpy(self.spread * (2 * uniform - 1))
+        return torch.from_numpy(np.round(self.spread * (2 * uniform - 1), 3))  # so that a table of them is exact
+
+    def rows(self) -> dict[Path, list[float]]:
+        """List what was asked of the whole model so far: endings of paths -> the logits that follow."""
+        asked = {ending: row.tolist() for (ending, layer), row in self._known.items() if layer == self.layers}
+        return {ending: asked[ending] for ending in sorted(asked, key=lambda path: (len(path), path))}
 
     # ---- the runner -------------------------------------------------------------------------------------------------
 
@@ -119,7 +126,7 @@ class TableModel:
 
     def poison(self, slots: Iterable[int] | NDArray[np.int64]) -> None:
         """Forget what free slots hold, so that whoever reads one is caught."""
-        self._slots.position[np.fromiter(slots, dtype=np.int64)] = _UNWRITTEN
+        self._slots.position[slots if isinstance(slots, np.ndarray) else list(slots)] = _UNWRITTEN
 
     def forward(self, batch: Batch) -> Output:
         """Run one packed pass. Raise a `CacheError` where a token does not see exactly its own path."""
@@ -135,6 +142,7 @@ class TableModel:
             raise CacheError(f"token ids {batch.token_ids.tolist()} outside a vocabulary of {self.vocab_size}")
         if any(not -1 <= layer <= depth for layer in batch.hidden):
             raise CacheError(f"hidden states of layers {list(batch.hidden)} in a pass of {depth} layers")
+        self.paths += [(depth, path) for path in paths]
         wanted = [self.logits_after(paths[index], depth) for index in batch.wanted.tolist()]
         hidden = {
             layer: self._stacked([self.hidden_after(path, depth if layer == -1 else layer) for path in paths])

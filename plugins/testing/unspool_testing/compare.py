@@ -1,7 +1,7 @@
-"""The laws that every strategy and plugin keeps, each as a function that raises an `AssertionError` where it is broken.
+"""Two runs compared: what a request comes to must not depend on its circumstances, or on drafts.
 
 Give them requests on an exact model (`TableModel`, or a tiny network in float64). There they are equalities of tokens,
-finish reasons, order and logprobs.
+finish reasons, order and logprobs. The named laws (`laws/`) are built on these.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def check_batch(
 ) -> list[Result]:
     """Check that each request comes to what it comes to alone, whatever the circumstances. Return what they came to."""
     expected = alone(runner, requests, models)
-    got = drive(runner, requests, circumstances, models)
+    got = drive(runner, requests, circumstances, models, name="all together")
     for number, (one, other) in enumerate(zip(expected, got, strict=True)):
         check_equal(one, other, f"request {number}, {requests[number].pipeline}: alone, and in {circumstances}")
     return got
@@ -74,14 +74,33 @@ def check_speculation(
 
 def check_equal(one: Result, other: Result, about: str = "") -> None:
     """Check that two results agree in everything but their costs."""
-    assert repr(one.error) == repr(other.error), about
+    parts = difference(one, other)
+    assert not parts, f"{about}: {parts}"
+
+
+def difference(one: Result, other: Result) -> str | None:
+    """Say in what two results differ, costs apart, or None where they are equal."""
+    if repr(one.error) != repr(other.error):
+        return f"{_ended(one)}, then {_ended(other)}"
     if one.error is not None:
-        return
-    assert texts(one) == texts(other), about
+        return None
+    if texts(one) != texts(other):
+        return f"{_ended(one)}, then {_ended(other)}"
     for first, second in zip(one.hypotheses, other.hypotheses, strict=True):
-        assert second.score == pytest.approx(first.score, abs=TOLERANCE), about
-        assert second.logprobs == pytest.approx(first.logprobs, abs=TOLERANCE), about
-        assert second.stream == first.stream, about
+        text = list(first.token_ids)
+        if second.score != pytest.approx(first.score, abs=TOLERANCE):
+            return f"{text} has score {first.score}, then {second.score}"
+        if second.logprobs != pytest.approx(first.logprobs, abs=TOLERANCE):
+            return f"{text} has logprobs {first.logprobs}, then {second.logprobs}"
+        if second.stream != first.stream:
+            return f"{text} has stream {first.stream}, then {second.stream}"
+    return None
+
+
+def _ended(result: Result) -> str:
+    if result.error is not None:
+        return f"{type(result.error).__name__}: {result.error}"
+    return " ".join(f"{list(h.token_ids)} {h.finish_reason}" for h in result.hypotheses)
 
 
 def texts(result: Result) -> list[tuple[tuple[int, ...], str]]:
