@@ -283,13 +283,14 @@ class Decider:
         parent = rows.node[row]
         if token in rows.lives[rows.request[row]].request.end_ids:
             return (None,) * len(self.pipeline.stateful)
-        node = self.tree.child(parent, token)
+        node, branch = self.tree.child(parent, token), rows.branch[row]
         known = self.tree.states[node] if node is not None else None
+        above = branch.states if branch.node == parent else self.tree.states[parent]
         states = []
         for index, plugin in enumerate(self.pipeline.stateful):
-            state = known[index] if known else PENDING
+            state = known[index] if known and not plugin.reads_logprob else PENDING
             if state is PENDING or state is None:
-                before = self.tree.states[parent][index]
+                before = above[index]
                 try:
                     if plugin.reads_logprob:
                         assert children.pipeline_logprob is not None

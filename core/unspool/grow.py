@@ -168,7 +168,7 @@ class Grower:
         else:
             tree.hold(node)
         tree.states[node] = states
-        return Branch(node, stream, score or before.score, logprobs)
+        return Branch(node, stream, score or before.score, logprobs, states=states)
 
     def _logprobs_after(self, live: Live, before: Branch, children: Children, child: int) -> Logprobs:
         kind = live.request.logprobs

@@ -45,7 +45,7 @@ class Lifecycle:
         self._tree.states[live.root] = states
         for stream in range(starts):
             self._tree.hold(live.root)
-            live.branches.append(Branch(live.root, stream, (0.0,)))
+            live.branches.append(Branch(live.root, stream, (0.0,), states=states))
         try:
             for plugin in pipeline.owners:
                 live.own[plugin.name] = _ask(plugin, "open", request)

@@ -36,6 +36,8 @@ class Branch:
     score: tuple[float, ...]
     logprobs: Logprobs = None
     held: Held | None = None
+    states: tuple[Any, ...] = ()
+    """Its own path states. Those that read log-probabilities may differ from another stream's on the same node."""
 
 
 @dataclass(eq=False, slots=True)

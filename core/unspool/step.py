@@ -192,8 +192,9 @@ class Step:
 
     def states(self, plugin: Plugin) -> list[Any]:
         """List the path state of `plugin` at each row."""
-        index, states = self.group.state_index(plugin), self.group.tree.states
-        return [states[node][index] for node in self._rows.node]
+        index, of_node = self.group.state_index(plugin), self.group.tree.states
+        rows = zip(self._rows.branch, self._rows.node, strict=True)
+        return [(branch.states if branch.node == node else of_node[node])[index] for branch, node in rows]
 
     def own(self, plugin: Plugin) -> list[Any]:
         """List the object of `plugin` for each request."""

@@ -88,7 +88,7 @@ def test_verdicts_do_not_depend_on_the_number_of_processes() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["kit_gredy"], "did you mean 'kit_greedy'"),
+        (["gredy"], "did you mean 'greedy'"),
         (["no_module:Nobody"], "cannot import it: ModuleNotFoundError"),
         (["kit_greedy", "--law", "hold"], "no such law: did you mean 'holds'? laws: holds, breaks"),
         (["kit_greedy", "--expect", "holds"], "LAW=REASON"),

@@ -43,7 +43,7 @@ def test_items_are_chosen_by_keyword(pytester: pytest.Pytester, few_laws: object
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--unspool-check=kit_gredy"], "*no plugin 'kit_gredy': did you mean 'kit_greedy'*"),
+        (["--unspool-check=gredy"], "*no plugin 'gredy': did you mean 'greedy'*"),
         (["--unspool-check=no_module:Nobody"], "*cannot import it: ModuleNotFoundError*"),
         (["--unspool-check=kit_greedy", "--unspool-examples=0"], "*--unspool-examples 0: at least 1*"),
     ],

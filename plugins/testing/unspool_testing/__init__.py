@@ -24,9 +24,15 @@ if TYPE_CHECKING:
     from unspool_testing.laws.cache import check_cache_equals_recompute as check_cache_equals_recompute
     from unspool_testing.laws.config import check_config_round_trip as check_config_round_trip
     from unspool_testing.laws.conservation import check_conservation as check_conservation
+    from unspool_testing.laws.constraint import check_constraint as check_constraint
     from unspool_testing.laws.cost import check_cost as check_cost
+    from unspool_testing.laws.distribution import check_distribution as check_distribution
+    from unspool_testing.laws.distribution import check_independence as check_independence
     from unspool_testing.laws.faults import check_fault_isolation as check_fault_isolation
     from unspool_testing.laws.path import check_path_purity as check_path_purity
+    from unspool_testing.laws.reference import check_reference as check_reference
+    from unspool_testing.laws.scores import check_ranking as check_ranking
+    from unspool_testing.laws.scores import check_scores_add_up as check_scores_add_up
     from unspool_testing.laws.speculation import check_speculation_is_invisible as check_speculation_is_invisible
     from unspool_testing.laws.statelessness import check_statelessness as check_statelessness
     from unspool_testing.laws.stop import check_stop_is_exact as check_stop_is_exact
@@ -58,9 +64,15 @@ _HOMES = {
     "check_cache_equals_recompute": "laws.cache",
     "check_config_round_trip": "laws.config",
     "check_conservation": "laws.conservation",
+    "check_constraint": "laws.constraint",
     "check_cost": "laws.cost",
+    "check_distribution": "laws.distribution",
     "check_fault_isolation": "laws.faults",
+    "check_independence": "laws.distribution",
     "check_path_purity": "laws.path",
+    "check_ranking": "laws.scores",
+    "check_reference": "laws.reference",
+    "check_scores_add_up": "laws.scores",
     "check_speculation_is_invisible": "laws.speculation",
     "check_statelessness": "laws.statelessness",
     "check_stop_is_exact": "laws.stop",

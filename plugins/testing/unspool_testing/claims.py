@@ -63,13 +63,16 @@ class Claims(Protocol):
 
     @staticmethod
     def distribution(params: Any, row: Row) -> Sequence[float]:
-        """Say, of a strategy with one child a row, how likely it chooses each token (law `distribution`)."""
+        """Say, of a strategy with one child a row, how likely it chooses each token (law `distribution`).
+
+        It speaks of all noise at once: `row.uniform` is not known.
+        """
 
     @staticmethod
     def texts(params: Any, model: TableModel, request: Any) -> Sequence[tuple[Path, float | None]]:
         """Say, of a strategy, which texts it returns without plugins, best first, each with its score or None.
 
-        `request` has `prompt_ids`, `limits`, `end_ids` and `n` (law `reference`).
+        `request` has `prompt_ids`, `limits`, `end_ids` and `n`; a dead end has no texts (law `reference`).
         """
 
     @staticmethod
@@ -78,7 +81,10 @@ class Claims(Protocol):
 
     @staticmethod
     def allows(params: Any, request: Any, tokens: Path, ended: bool) -> bool:
-        """Say whether a constraint allows a text, as a whole if it `ended`, else as a beginning (law `constraint`)."""
+        """Say whether a constraint allows a text, as a whole if it `ended`, else as a beginning (law `constraint`).
+
+        An end token, where there is one, is the last of `tokens`.
+        """
 
     @staticmethod
     def finishes(params: Any, request: Any, tokens: Path) -> str | None:

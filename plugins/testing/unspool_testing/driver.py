@@ -186,6 +186,7 @@ def _peak(runner: ModelRunner, request: PreparedRequest, models: Models) -> int:
     most = _admitted_with(loop, request)
     while loop.busy:
         loop.step()
+        check_holdings(loop)  # what is broken here might go on for ever
     return most
 
 

@@ -87,8 +87,9 @@ def around(
         vary: draw its parameters too.
     """
     known = subject.known
-    params = draw(parameters(subject.kind, vocab_size, subject.params)) if vary else dict(subject.params)
-    own: Spec = subject.name if subject.name in known.instances else subject.spec(params)
+    own: Spec = subject.name  # an object that was given has its parameters
+    if subject.name not in known.instances:
+        own = subject.spec(draw(parameters(subject.kind, vocab_size, subject.params)) if vary else subject.params)
     beside: list[Spec] = draw(
         st.lists(st.sampled_from(BESIDE), max_size=most_beside, unique_by=str).map(list) if most_beside else st.just([])
     )

@@ -92,13 +92,14 @@ class NoDoubles:
 
 
 class Guidance:
-    """What is said after the prompt, away from what is said after another one."""
+    """What the model says after the prompt, away from what it says after another one."""
 
     @staticmethod
     def transform(params: Any, row: Row) -> list[float]:
         """Push away."""
+        said = row.model.logits_after(row.path).tolist()
         without = row.model.logits_after((*params.prompt, *row.tokens)).tolist()
-        return [logit + params.scale * (logit - other) for logit, other in zip(row.logits, without, strict=True)]
+        return [x + params.scale * (one - other) for x, one, other in zip(row.logits, said, without, strict=True)]
 
 
 HOST_CLAIMS: Mapping[str, type] = {

@@ -279,10 +279,10 @@ class Fails(Plugin):
 
     class Params(Parameters):
         hook: Literal["pre_forward", "logits_transform", "stop_check"] = "logits_transform"
-        after: int = Field(1, ge=0)
+        after: int = per_request(1, ge=0)
 
     def _due(self, hook: str, step: Step) -> None:
-        if self.params.hook == hook and bool((step.length >= self.params.after).any()):
+        if self.params.hook == hook and bool((step.length >= step.values(self, "after")).any()):
             raise ZeroDivisionError("as it was asked to")
 
     @hookimpl

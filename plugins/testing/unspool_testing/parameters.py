@@ -11,7 +11,7 @@ import types
 import typing
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
@@ -21,8 +21,12 @@ from pydantic.fields import FieldInfo
 from unspool.errors import ConfigError, Problem
 from unspool.plugin import Plugin
 
+Number = TypeVar("Number", int, float)
+
 REACH = 8
 """How far a number is drawn from its bound, or from 0, where nothing bounds it."""
+NEAR = 2
+"""Half of the numbers are drawn so near to 0, or to the bound next to it: with small models things happen there."""
 LONGEST = 3
 """Most entries of a list that nothing bounds."""
 
@@ -146,17 +150,21 @@ def _scalar(annotation: Any, bounds: _Bounds, vocab_size: int) -> SearchStrategy
         first, last = -(-int(low) // step), int(high) // step
         first += int(bounds.open_low and first * step == low)
         last -= int(bounds.open_high and last * step == high)
-        return st.integers(first, last).map(lambda count: count * step)
+        return st.one_of([st.integers(*scale) for scale in _scales(first, last)]).map(lambda count: count * step)
     if annotation is float:
-        low, high = _range(bounds)
-        return st.floats(
-            low,
-            high,
-            exclude_min=bounds.open_low,
-            exclude_max=bounds.open_high,
-            allow_subnormal=False,
-        ).filter(lambda value: value == 0 or abs(value) > 1e-6)
+        floats = [
+            st.floats(*scale, exclude_min=bounds.open_low, exclude_max=bounds.open_high, allow_subnormal=False)
+            for scale in _scales(*_range(bounds))
+        ]
+        return st.one_of(floats).filter(lambda value: value == 0 or abs(value) > 1e-6)
     raise Underivable(getattr(annotation, "__name__", annotation))
+
+
+def _scales(low: Number, high: Number) -> list[tuple[Number, Number]]:
+    """Give the ranges to draw from: what is near 0 first, then all, if that is more."""
+    centre = min(max(low, 0), high)
+    near = max(low, centre - NEAR), min(high, centre + NEAR)
+    return list(dict.fromkeys([near, (low, high)]))
 
 
 def _range(bounds: _Bounds) -> tuple[float, float]:

@@ -168,6 +168,8 @@ class Grid:
     @property
     def bound(self) -> float:
         """Say how far a frequency may lie from a probability."""
+        if not self.numbers:
+            return 0.0
         if not self.side:
             return math.sqrt(math.log(2 / CHANCE) / (2 * STREAMS))
         uniform = any(token < 0 for _, token in self.numbers)

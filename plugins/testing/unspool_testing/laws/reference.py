@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from hypothesis import assume
 from hypothesis import strategies as st
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from unspool.errors import ConfigError, Problem
 from unspool.hooks import Growth
@@ -156,14 +156,23 @@ def _same(one: float, other: float) -> bool:
 
 def _nudged(params: BaseModel, row: Row) -> Iterator[tuple[BaseModel, Row]]:
     """Move logits of one size, or one parameter, by less than anybody notices."""
-    for sign in (1, -1):
-        for value in dict.fromkeys(logit for logit in row.logits if math.isfinite(logit)):
-            moved = value + sign * NUDGE * max(1.0, abs(value))
+    for value in dict.fromkeys(logit for logit in row.logits if math.isfinite(logit)):
+        for moved in _beside(value, NUDGE):
             yield params, replace(row, logits=[moved if logit == value else logit for logit in row.logits])
-        for field, value in params:
-            if isinstance(value, float):
-                moved = value + sign * PARAMETER_NUDGE * max(1.0, abs(value))
-                yield params.model_copy(update={field: moved}), row
+    for field, value in params:
+        if isinstance(value, float):
+            try:
+                both = [
+                    type(params).model_validate({**dict(params), field: moved})
+                    for moved in _beside(value, PARAMETER_NUDGE)
+                ]
+            except ValidationError:
+                continue  # it lies on its bound, where what it means is exact (a mass of 1 is everything)
+            yield from ((moved_params, row) for moved_params in both)
+
+
+def _beside(value: float, nudge: float) -> tuple[float, float]:
+    return value - nudge * max(1.0, abs(value)), value + nudge * max(1.0, abs(value))
 
 
 def _number(value: float) -> str:
@@ -246,4 +255,5 @@ REFERENCE = Law(
     check_of(check_reference),
     _cases,
     _excuse,
+    examples=100,
 )

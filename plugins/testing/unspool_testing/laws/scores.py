@@ -210,7 +210,7 @@ SCORES_ADD_UP = Law(
     "of its own and not along the branch, a length counted without the end token, a parent's score of another row.",
     check_of(check_scores_add_up),
     _cases,
-    examples=50,
+    examples=80,
 )
 
 
@@ -305,8 +305,8 @@ def _compare_with_brute_force(
             raise Broken(f"{list(text)} came back, and it is not possible")
         if scores[text] != pytest.approx(scores[best], rel=TOLERANCE, abs=TOLERANCE):  # equals come in either order
             raise Broken(
-                f"text number {place + 1} is {list(text)}, by brute force of score {scores[text]:.10g}, and {list(best)} "
-                f"has {scores[best]:.10g}"
+                f"text number {place + 1} is {list(text)} of score {scores[text]:.10g}, and by brute force "
+                f"{list(best)} of {scores[best]:.10g}"
             )
 
 
@@ -323,5 +323,5 @@ RANKING = Law(
     check_of(check_ranking),
     _ranked_cases,
     _excuse,
-    examples=40,
+    examples=80,
 )

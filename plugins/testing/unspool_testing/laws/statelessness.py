@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 from collections.abc import Callable
 from typing import Any
@@ -71,7 +70,7 @@ def _touched(seed: int) -> str | None:
 
 def _contents(plugin: object) -> Any:
     """Describe what an object holds."""
-    return {name: repr(copy.copy(value)) for name, value in vars(plugin).items() if name not in ("initial", "advance")}
+    return {name: f"{value!r} {getattr(value, '__dict__', '')}" for name, value in vars(plugin).items()}
 
 
 STATELESSNESS = Law(
