@@ -134,7 +134,7 @@ class Case(_Part):
     schedule: Schedule = Schedule()
     drafter: Spec | None = None
     """Beside the pipelines of all requests, in laws about drafts."""
-    fault: Literal["nan", "raise"] | None = None
+    fault: Literal["nan", "dead", "raise"] | None = None
     """What the model does wrong, in laws about faults."""
     replace: dict[str, Any] = Field(default_factory=dict)
     """What else a law varies; its page says what."""

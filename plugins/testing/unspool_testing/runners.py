@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
@@ -32,27 +33,38 @@ class CountingRunner:
 
 
 class MisbehavingRunner(CountingRunner):
-    """Gives NaN after some tokens, or raises in some passes.
+    """Gives NaN or nothing but -inf after some tokens, raises in some passes, or takes its time.
 
     Args:
         runner: the one that works.
         nan_after: tokens after which every logit is NaN.
+        dead_after: tokens after which every logit is -inf.
         raises: says of a pass, by its number from 0, whether it raises.
+        delay: seconds that each pass takes longer.
     """
 
     def __init__(
-        self, runner: ModelRunner, nan_after: Collection[int] = (), raises: Callable[[int], bool] = lambda _: False
+        self,
+        runner: ModelRunner,
+        nan_after: Collection[int] = (),
+        raises: Callable[[int], bool] = lambda _: False,
+        *,
+        dead_after: Collection[int] = (),
+        delay: float = 0.0,
     ) -> None:
         super().__init__(runner)
-        self._nan_after, self._raises = nan_after, raises
+        self._spoils = ((torch.nan, nan_after), (-torch.inf, dead_after))
+        self._raises, self._delay = raises, delay
 
     def forward(self, batch: Batch) -> Output:
         """Run the batch and spoil it."""
+        time.sleep(self._delay)
         if self._raises(len(self.batches)):
             self.batches.append(batch)
             raise RuntimeError("the model broke down, as it was asked to")
         output = super().forward(batch)
-        spoilt = [token in self._nan_after for token in batch.token_ids[batch.wanted].tolist()]
-        return replace(
-            output, logits=output.logits.masked_fill(torch.tensor(spoilt, dtype=torch.bool).unsqueeze(-1), torch.nan)
-        )
+        tokens, logits = batch.token_ids[batch.wanted].tolist(), output.logits
+        for value, after in self._spoils:
+            spoilt = torch.tensor([token in after for token in tokens], dtype=torch.bool, device=logits.device)
+            logits = logits.masked_fill(spoilt.unsqueeze(-1), value)
+        return replace(output, logits=logits)

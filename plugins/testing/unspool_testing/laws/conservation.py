@@ -30,7 +30,7 @@ def _cases(draw: st.DrawFn, subject: Subject) -> Case:
         requests=everybody,
         schedule=draw(schedules(len(everybody), cancels=True, quiet=False)),
         drafter=None if subject.drafts else draw(st.sampled_from([None, "kit_chains", "kit_trees"])),
-        fault=draw(st.sampled_from([None, None, None, "nan", "raise"])),
+        fault=draw(st.sampled_from([None, None, None, "nan", "dead", "raise"])),
     )
 
 
@@ -69,9 +69,11 @@ def check_conservation(case: Case, known: Known) -> None:
         asked = [with_pipeline(one, with_plugin(one.pipeline, guess)) for one in asked]
     room = circumstances(case, asked)
     if case.fault is not None:
+        last = {case.model.vocab_size - 1}
         runner = MisbehavingRunner(
             runner,
-            nan_after={case.model.vocab_size - 1} if case.fault == "nan" else (),
+            nan_after=last if case.fault == "nan" else (),
+            dead_after=last if case.fault == "dead" else (),
             raises=lambda number: case.fault == "raise" and number % 3 == 1,
         )
     owners = [p for p in asked[0].pipeline.plugins if p.name == case.subject and type(p).open is not Plugin.open]
