@@ -147,7 +147,7 @@ class Case(_Part):
     def write(self) -> str:
         """Write the case as YAML, defaults left out."""
         lines = []
-        for name, value in self.model_dump(mode="json", exclude_defaults=True).items():
+        for name, value in self.model_dump(exclude_defaults=True).items():
             if name == "requests":
                 lines += ["requests:", *(f"- {_flow(asked)}" for asked in value)]
             else:
@@ -205,8 +205,15 @@ def explicit(case: Case, tables: Sequence[TableModel], most: int = 16) -> Case:
     return case.model_copy(update={"model": Model(table=rows, **kept)})
 
 
+def _plain(value: Any) -> Any:
+    """Write tuples as lists. Numbers that are keys stay numbers, which JSON could not do."""
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, list | tuple) else value
+
+
 def _flow(value: Any) -> str:
-    text: str = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6)
+    text: str = yaml.safe_dump(_plain(value), default_flow_style=True, sort_keys=False, width=10**6)
     return text.strip().removesuffix("...").strip()
 
 

@@ -17,15 +17,15 @@ from unspool_testing.case import Case
 from unspool_testing.law import Law
 from unspool_testing.subject import Subject
 
-_SETTINGS = {
-    "deadline": None,
-    "database": None,
-    "print_blob": False,
-    "report_multiple_bugs": False,
-    "verbosity": Verbosity.quiet,
-    "suppress_health_check": list(HealthCheck),
-    "phases": (Phase.explicit, Phase.generate, Phase.shrink),
-}
+_SETTINGS = settings(
+    deadline=None,
+    database=None,
+    print_blob=False,
+    report_multiple_bugs=False,
+    verbosity=Verbosity.quiet,
+    suppress_health_check=list(HealthCheck),
+)
+_PHASES = (Phase.explicit, Phase.generate)
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ def prove(
     *,
     examples: int | None = None,
     seed: int = 0,
+    shrink: bool = True,
     progress: Callable[[int], None] = lambda tried: None,
 ) -> Verdict:
     """Try to break a law.
@@ -71,6 +72,7 @@ def prove(
         subject: the plugin.
         examples: how many cases to try; None: as many as the law thinks right.
         seed: chooses the cases.
+        shrink: look for the smallest case that breaks it; else any will do.
         progress: called with the number of cases that were tried.
     """
     if reason := applicable(law, subject):
@@ -90,9 +92,9 @@ def prove(
             raise
 
     count = law.examples if examples is None else examples
-    search = hypothesis.seed(seed)(
-        settings(max_examples=count, **_SETTINGS)(hypothesis.given(law.cases(subject))(examine))  # type: ignore[arg-type]
-    )
+    phases = (*_PHASES, Phase.shrink) if shrink else _PHASES
+    run = settings(_SETTINGS, max_examples=count, phases=phases)
+    search = hypothesis.seed(seed)(run(hypothesis.given(law.cases(subject))(examine)))
     torch.set_num_threads(1)  # tensors are tiny: threads only wait for each other
     try:
         search()
