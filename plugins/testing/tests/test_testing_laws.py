@@ -13,18 +13,8 @@ from unspool.step import Step
 from unspool_testing.compare import check_batch, check_speculation, with_plugin
 from unspool_testing.drafters import GuessChains
 from unspool_testing.driver import Circumstances, plugin, request
+from unspool_testing.hosts import Likeliest
 from unspool_testing.table import TableModel
-
-
-class BestOfRow(Plugin):
-    """Choose the likeliest token: lawful, and base of those that are not."""
-
-    row_local = True
-
-    @hookimpl
-    def select(self, step: Step, logits: Tensor) -> Growth:
-        """Choose."""
-        return Growth(row=torch.arange(len(logits)), token=logits.argmax(-1))
 
 
 class ReadsItsNeighbours(Plugin):
@@ -62,15 +52,15 @@ class PrefersDrafts(Plugin):
 
 
 def test_a_transform_that_reads_its_neighbours_is_caught() -> None:
-    pipeline = Pipeline(plugin(BestOfRow), [plugin(ReadsItsNeighbours)])
+    pipeline = Pipeline(plugin(Likeliest), [plugin(ReadsItsNeighbours)])
     asked = [request(pipeline, (1, i), end_ids=()) for i in range(3)]
     with pytest.raises(AssertionError, match="alone, and in"):
         check_batch(TableModel(5), asked, Circumstances())
-    lawful = [request(Pipeline(plugin(BestOfRow)), (1, i), end_ids=()) for i in range(3)]
+    lawful = [request(Pipeline(plugin(Likeliest)), (1, i), end_ids=()) for i in range(3)]
     check_batch(TableModel(5), lawful, Circumstances(token_budget=2))
 
 
-@pytest.mark.parametrize(("strategy", "plugins"), [(PrefersDrafts, []), (BestOfRow, [CountsSteps])])
+@pytest.mark.parametrize(("strategy", "plugins"), [(PrefersDrafts, []), (Likeliest, [CountsSteps])])
 def test_what_looks_at_drafts_or_rounds_is_caught(strategy: type[Plugin], plugins: list[type[Plugin]]) -> None:
     caught = 0
     plain = Pipeline(plugin(strategy), [plugin(kind) for kind in plugins])

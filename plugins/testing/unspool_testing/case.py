@@ -220,4 +220,6 @@ def _flow(value: Any) -> str:
 @cache
 def _network(arch: str, seed: int) -> HuggingFaceRunner:
     assert arch in ARCHITECTURES, f"no architecture {arch!r}"
-    return HuggingFaceRunner(tiny_model(arch, seed=seed))
+    network = tiny_model(arch, seed=seed)
+    network.config.pad_token_id = None  # nothing is padded here, and transformers warns where a prompt holds that token
+    return HuggingFaceRunner(network)
