@@ -49,7 +49,7 @@ class _Manager(pluggy.PluginManager):
             return None  # pluggy asks about every attribute, and its answer takes long
         options = super().parse_hookimpl_opts(plugin, name)
         if options is not None and name == "logits_transform" and plugin.constraint:
-            options["tryfirst"] = True
+            return {**options, "tryfirst": True}  # a copy: pluggy's own belongs to the function, and others inherit it
         return options
 
 

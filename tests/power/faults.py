@@ -589,7 +589,7 @@ HOOKS = (
         "constraints act where the config lists them",
         "suppress_tokens",
         "constraint",
-        edit(pipeline._Manager.parse_hookimpl_opts, '"tryfirst"] = True', '"tryfirst"] = False'),
+        edit(pipeline._Manager.parse_hookimpl_opts, '"tryfirst": True', '"tryfirst": False'),
     ),
 )
 

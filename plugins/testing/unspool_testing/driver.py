@@ -25,7 +25,7 @@ from unspool.trace import Recorder
 from unspool.tree import NONE
 from unspool_testing.table import CacheError, TableModel
 
-MOST_STEPS = 5000
+MOST_STEPS = 1000
 
 
 @dataclass(frozen=True)
