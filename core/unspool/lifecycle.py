@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from unspool.errors import DeadEnd, PluginError
+from unspool.errors import DeadEnd, InputError, PluginError
 from unspool.lane import Lane
 from unspool.live import Branch, Live, logprob_list
 from unspool.plugin import Plugin
@@ -152,9 +152,11 @@ class Lifecycle:
 
 
 def _ask(plugin: Plugin, method: str, *arguments: Any) -> Any:
-    """Call a plugin's method. What goes wrong in it is a `PluginError` that names both."""
+    """Call a plugin's method. What goes wrong in it is a `PluginError` that names both; it may refuse an input."""
     try:
         answer = getattr(plugin, method)(*arguments)
         return list(answer) if method == "rank" else answer
+    except InputError:
+        raise
     except Exception as error:
         raise PluginError(plugin.name, method, f"{type(error).__name__}: {error}") from error

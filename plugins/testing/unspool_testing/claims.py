@@ -55,7 +55,11 @@ class Row:
 
 
 class Claims(Protocol):
-    """The methods that a class of claims may have. All are static, and all are optional; `params` is the plugin's."""
+    """The methods that a class of claims may have.
+
+    All are static, and all are optional; `params` is the plugin's. `texts` and `score` may give None where parameters
+    leave it open.
+    """
 
     @staticmethod
     def transform(params: Any, row: Row) -> Sequence[float]:

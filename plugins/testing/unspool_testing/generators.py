@@ -10,7 +10,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from unspool.errors import ConfigError, UnspoolError
+from unspool.errors import ConfigError, InputError, UnspoolError
 from unspool_testing.case import NETWORK_VOCABULARY, Asked, Model, Schedule
 from unspool_testing.drafters import DraftModel
 from unspool_testing.known import Known, Spec
@@ -154,7 +154,7 @@ def requests(
     strategy, plugins = pipeline or draw(around(subject, model.vocab_size, hosts=hosts, most_beside=most_beside))
     new = draw(st.integers(1, most_new))
     ends = [(0,), (0,), (), (0, 1)]
-    return Asked(
+    asked = Asked(
         strategy=strategy,
         plugins=plugins,
         prompt=tuple(draw(st.lists(st.integers(0, model.vocab_size - 1), min_size=1, max_size=4))),
@@ -165,6 +165,12 @@ def requests(
         n=draw(st.integers(1, 3)),
         logprobs=draw(st.sampled_from([None, "pipeline", "model"])),
     )
+    try:
+        prepared = asked.prepared(subject.known)
+        prepared.pipeline.strategy.start(prepared)
+    except InputError:  # a beam returns no more texts than it has beams
+        return asked.model_copy(update={"n": 1})
+    return asked
 
 
 @st.composite

@@ -177,6 +177,8 @@ def _check_score(request: PreparedRequest, hypothesis: Hypothesis, known: Known,
         _claimed_score(request, hypothesis.token_ids, hypothesis.finish_reason, logprobs, claim)
         for logprobs in _ways(_along(request, hypothesis.token_ids, said))
     ]
+    if None in expected:  # some parameters leave it open
+        return
     if not any(score == pytest.approx(other, rel=TOLERANCE, abs=TOLERANCE) for other in expected):
         what = "its log-probabilities add up to" if claim is None else "the claim is"
         raise Broken(f"{about}: it has score {score:.10g}, and {what} {expected[0]:.10g}")

@@ -1,0 +1,1 @@
+"""Beam search and what grew from it: each idea is a module of its own."""
