@@ -55,8 +55,12 @@ known to see faults is on a page of its own: [planted faults](faults.md)."""
 CLAIMS_READING = """\
 Most laws hold for every plugin. What one plugin is *for*, only its author can say, and a claim says it a second time,
 slowly, the way that the paper does. A class of claims has any of these static methods; an entry point in the group
-`unspool.claims` names it under the plugin's own name. A `row` has `prompt`, `tokens`, `path`, `logits`, `logprobs`,
-`end_ids`, `max_new_tokens`, `uniform(purpose)` and `model`."""
+`unspool.claims` names it under the plugin's own name. Names and arguments are checked. A `row` has `prompt`, `tokens`,
+`path`, `logits`, `logprobs`, `end_ids`, `max_new_tokens`, `uniform(purpose)` and `model`.
+
+Without claims a search is held to almost nothing that is its own: give it `texts`, the whole search by hand, or `score`
+and `exhaustive`. Beam search (`strategies/beam/unspool_beam/claims.py`) is an example. Equal scores are told apart in
+one way: rows keep the order in which `select` grew them, and texts of equal score the order in which they ended."""
 NOTE = "<!-- Written by docs/generate.py from the code. Change the code, then run `make docs`. -->"
 
 
@@ -291,9 +295,13 @@ def laws_page() -> str:
     for law in LAWS.values():
         check = law.check.__name__  # type: ignore[attr-defined]
         parts.append(f"## {law.name}\n\n**{law.says}**\n\n{law.why}\n\nIn a test: `{check}(case)`.")
-    claims = [[f"`{name}`", prose(getattr(Claims, name))] for name in METHODS]
+    claims = [[f"`{_call(name)}`", prose(getattr(Claims, name))] for name in METHODS]
     parts.append(f"## Claims\n\n{CLAIMS_READING}\n\n{table(('claim', 'what it says'), claims)}")
     return "\n\n".join(parts) + "\n"
+
+
+def _call(claim: str) -> str:
+    return f"{claim}({', '.join(inspect.signature(getattr(Claims, claim)).parameters)})"
 
 
 # ---- hooks.md --------------------------------------------------------------------------------------------------------

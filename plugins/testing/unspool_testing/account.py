@@ -128,7 +128,7 @@ def _told(row: Any) -> Iterator[str]:
         yield f"held, to look at {row['held']}"
     for child in row["children"]:
         marks = [child["finish"] or "", "dropped" if child["dropped"] else "", "accepted" if child["accepted"] else ""]
-        score = "" if child["score"] is None else f", score {child['score']:.4g}"
+        score = "" if child["score"] is None else f", score {child['score']:.9g}"
         said = ", ".join(mark for mark in marks if mark)
         yield f"grew {child['token']} in stream {child['stream']}{score}{f' ({said})' if said else ''}"
     if not row["children"] and not row["held"] and not row["dead"]:

@@ -14,6 +14,7 @@ Why they stand apart from the plugin: `docs/decisions/claims.md`.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -74,9 +75,11 @@ class Claims(Protocol):
 
     @staticmethod
     def texts(params: Any, model: TableModel, request: Any) -> Sequence[tuple[Path, float | None]]:
-        """Say, of a strategy, which texts it returns without plugins, best first, each with its score or None.
+        """Say, of a strategy, which texts it returns without plugins: pairs of new tokens and score (or None).
 
-        `request` has `prompt_ids`, `limits`, `end_ids` and `n`; a dead end has no texts (law `reference`).
+        Best first, at most `request.n` of them; none at a dead end. `request` has `prompt_ids`, `limits`, `end_ids` and
+        `n`. `model.logits_after(path)` gives the logits `[vocab]` that follow a path, prompt included; that end tokens
+        are banned below `limits.min_new_tokens` is for the claim to do (law `reference`).
         """
 
     @staticmethod
@@ -114,14 +117,17 @@ def claim(claims: type | None, name: str) -> Callable[..., Any] | None:
     """Give one method of a class of claims, or None where it has none.
 
     Raises:
-        ConfigError: the class has a public method that no law knows.
+        ConfigError: the class has a public method that no law knows, or one with other arguments.
     """
     if claims is None:
         return None
-    for method in vars(claims):
-        if not method.startswith("_") and method not in METHODS:
-            allowed = ", ".join(METHODS)
-            raise ConfigError([Problem(f"claims {claims.__qualname__}.{method}", f"no such claim: allowed: {allowed}")])
+    for method in (method for method in vars(claims) if not method.startswith("_")):
+        where = f"claims {claims.__qualname__}.{method}"
+        if method not in METHODS:
+            raise ConfigError([Problem(where, f"no such claim: allowed: {', '.join(METHODS)}")])
+        wanted, given = (list(inspect.signature(getattr(of, method)).parameters) for of in (Claims, claims))
+        if given != wanted:
+            raise ConfigError([Problem(where, f"its arguments are ({', '.join(wanted)}), not ({', '.join(given)})")])
     found: Callable[..., Any] | None = getattr(claims, name, None)
     return found
 

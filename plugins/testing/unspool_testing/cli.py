@@ -96,9 +96,20 @@ def check(
             write(rendered(_table(verdicts, expected)))
             for verdict in wrong:
                 write(_account(verdict))
-            write(f"\n{_summary(verdicts, expected)}, in {time.monotonic() - started:.1f} s\n")
+            took = f"in {time.monotonic() - started:.1f} s"
+            write(f"\n{_caution(subject)}\n{_summary(verdicts, expected)}, {took}\n")
         if wrong:
             raise typer.Exit(LAW_BROKEN)
+
+
+def _caution(subject: Subject) -> str:
+    """Say what these laws cannot have seen, for want of claims."""
+    claims = subject.known.claims.get(subject.name)
+    if claims is not None:
+        named = claims.__qualname__ if isinstance(claims, type) else claims.value
+        return f"Its claims are those of {named}."
+    own = "what it chooses" if subject.is_strategy else "what it does to a row"
+    return f"It claims nothing, so no law knows whether {own} is right: see docs/laws.md, claims."
 
 
 def read_params(name: str, text: str | None) -> Mapping[str, Any]:

@@ -205,7 +205,8 @@ def _ways(along: Sequence[Sequence[float]]) -> list[tuple[float, ...]]:
 
 SCORES_ADD_UP = Law(
     "scores_add_up",
-    "A score is the sum of the pipeline's log-probabilities, or what the strategy claims it to be; log-probabilities "
+    "A score is the sum of the pipeline's log-probabilities, or what the strategy claims it to be (one that scores and "
+    "claims nothing is believed); log-probabilities "
     "are those of the model, or of the distribution that was chosen from, token by token.",
     "Scores rank texts, and log-probabilities are what evaluations are made of; wrong ones look like right ones. Usual "
     "causes: a transform that writes to `step.raw`, a `select` that writes to its logits, scores kept in a dictionary "

@@ -61,7 +61,7 @@ def new(
         files = distribution(kind, name)
         folder = into / f"unspool-{name.replace('_', '-')}"
         if not into.is_dir():
-            raise InputError("--into", str(into), "a folder that is there")
+            raise InputError("--into", str(into), "no such folder: make it first")
         if folder.exists():
             raise InputError("name", name, f"{folder} is there already, and nothing is overwritten")
         try:
