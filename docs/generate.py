@@ -60,7 +60,8 @@ slowly, the way that the paper does. A class of claims has any of these static m
 
 Without claims a search is held to almost nothing that is its own: give it `texts`, the whole search by hand, or `score`
 and `exhaustive`. Beam search (`strategies/beam/unspool_beam/claims.py`) is an example. Equal scores are told apart in
-one way: rows keep the order in which `select` grew them, and texts of equal score the order in which they ended."""
+one way: rows keep the order in which `select` grew them, and texts of equal score the order in which they ended. Texts
+of searches are compared on tables in which no two paths agree, so that rounding never decides."""
 NOTE = "<!-- Written by docs/generate.py from the code. Change the code, then run `make docs`. -->"
 
 

@@ -33,6 +33,8 @@ class BeamSearch:
                 logits = model.logits_after((*request.prompt_ids, *text)).tolist()
                 if len(text) < limits.min_new_tokens:
                     logits = [-math.inf if token in ends else logit for token, logit in enumerate(logits)]
+                if max(logits) == -math.inf:
+                    continue  # nothing follows this text
                 norm = math.log(math.fsum(map(math.exp, logits))) if params.renormalize else 0.0
                 candidates += [(total + logit - norm, (*text, token)) for token, logit in enumerate(logits)]
             possible = [candidate for candidate in candidates if candidate[0] > -math.inf]
