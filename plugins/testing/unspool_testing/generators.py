@@ -12,9 +12,7 @@ from hypothesis import strategies as st
 
 from unspool.errors import ConfigError, InputError, UnspoolError
 from unspool_testing.case import NETWORK_VOCABULARY, Asked, Model, Schedule
-from unspool_testing.drafters import DraftModel
 from unspool_testing.known import Known, Spec
-from unspool_testing.networks import ARCHITECTURES
 from unspool_testing.parameters import parameters
 from unspool_testing.subject import Subject
 
@@ -62,7 +60,6 @@ def models(draw: st.DrawFn, least: int = 2, most: int = 6) -> Model:
 def networks(draw: st.DrawFn) -> Model:
     """Draw a tiny network of a real architecture, in float64."""
     arch = draw(st.sampled_from(["llama", "gpt2", "gemma3_text"]))
-    assert arch in ARCHITECTURES
     return Model(vocab_size=NETWORK_VOCABULARY, network=arch, seed=draw(st.integers(0, 1)))
 
 
@@ -72,9 +69,7 @@ def around(
     subject: Subject,
     vocab_size: int,
     *,
-    hosts: tuple[Spec, ...] = HOSTS,
     most_beside: int = 2,
-    vary: bool = True,
 ) -> tuple[Spec, tuple[Spec, ...]]:
     """Draw a pipeline that the subject is in: its host, if it is no strategy itself, and plugins beside it.
 
@@ -82,14 +77,12 @@ def around(
         draw: of Hypothesis.
         subject: the plugin.
         vocab_size: of the model.
-        hosts: strategies to choose from.
         most_beside: most plugins beside it.
-        vary: draw its parameters too.
     """
     known = subject.known
     own: Spec = subject.name  # an object that was given has its parameters
     if subject.name not in known.instances:
-        own = subject.spec(draw(parameters(subject.kind, vocab_size, subject.params)) if vary else subject.params)
+        own = subject.spec(draw(parameters(subject.kind, vocab_size, subject.params)))
     beside: list[Spec] = draw(
         st.lists(st.sampled_from(BESIDE), max_size=most_beside, unique_by=str).map(list) if most_beside else st.just([])
     )
@@ -100,9 +93,7 @@ def around(
             beside.append({name: draw(_drawable(known, name, vocab_size))})
     if subject.is_strategy:
         return own, _accepted(known, own, (), tuple(beside))
-    strategies = list(hosts)
-    if hosts is HOSTS:
-        strategies += [name for name in known.names("select") if not _required(known, name)]
+    strategies = [*HOSTS, *(name for name in known.names("select") if not _required(known, name))]
     host = draw(st.sampled_from(strategies).filter(lambda host: _fits(known, host, (own,))))
     place = draw(st.integers(0, len(beside)))
     return host, _accepted(known, host, (own,), tuple(beside), place)
@@ -147,11 +138,10 @@ def requests(
     *,
     pipeline: tuple[Spec, tuple[Spec, ...]] | None = None,
     most_new: int = 6,
-    hosts: tuple[Spec, ...] = HOSTS,
     most_beside: int = 2,
 ) -> Asked:
     """Draw a request of the subject's, or of a given pipeline. Token 0 ends a text, as a rule."""
-    strategy, plugins = pipeline or draw(around(subject, model.vocab_size, hosts=hosts, most_beside=most_beside))
+    strategy, plugins = pipeline or draw(around(subject, model.vocab_size, most_beside=most_beside))
     new = draw(st.integers(1, most_new))
     ends = [(0,), (0,), (), (0, 1)]
     asked = Asked(
@@ -207,6 +197,5 @@ def drafters(draw: st.DrawFn, known: Known, asked: Asked, model: Model) -> Spec:
     ]
     strategy = known.plugin(asked.strategy)
     if strategy.row_local and not strategy.holds:
-        assert DraftModel.Params.model_fields
         choices += ["kit_draft_model", {"kit_draft_model": {"model": "draft", "length": 2}}]
     return draw(st.sampled_from(choices))

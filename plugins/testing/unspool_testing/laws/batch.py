@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 from hypothesis import strategies as st
-from hypothesis.strategies import SearchStrategy
 
 from unspool.errors import ConfigError
 from unspool.plugin import Plugin, per_request_fields
@@ -22,7 +21,7 @@ from unspool_testing.subject import Subject
 
 
 @st.composite
-def _drawn(draw: st.DrawFn, subject: Subject) -> Case:
+def _cases(draw: st.DrawFn, subject: Subject) -> Case:
     model = draw(models())
     first = draw(requests(subject, model))
     count = draw(st.integers(0, 2))
@@ -63,10 +62,6 @@ def _parameters(asked: Asked, subject: Subject) -> dict[str, Any]:
         if isinstance(spec, dict) and _name(spec) == subject.name:
             return dict(spec[subject.name])
     return {}
-
-
-def _cases(subject: Subject) -> SearchStrategy[Case]:
-    return _drawn(subject)
 
 
 @check_of

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from unspool.hooks import Growth
 from unspool.pipeline import Pipeline
 from unspool.plugin import Plugin, hookimpl
 from unspool.request import PreparedRequest
@@ -48,10 +48,6 @@ class Witness(Plugin):
             same = torch.allclose(row, before, rtol=0, atol=TOLERANCE, equal_nan=True)
             if not same and self.parted is None:
                 self.parted = f"request {place[0]}, path {list(place[2])}: {_told(before)}, and later {_told(row)}"
-
-    @hookimpl
-    def stop_check(self, step: Step, growth: Growth) -> None:
-        """Stand in every round, so that paths that end are seen too."""
 
 
 class StateKeeper:
@@ -110,13 +106,8 @@ def check_path_purity(case: Case, known: Known) -> None:
     for drafter in DRAFTERS:
         guesses = [known.plugin({drafter: {"vocab_size": case.model.vocab_size}})] if drafter else []
         watched = with_pipeline(request, Pipeline(pipeline.strategy, [*guesses, *others, witness]))
-        if keeps:
-            keeper.__enter__()
-        try:
+        with keeper if keeps else nullcontext():
             results = drive(runner, [watched] * 2, circumstances(case, [watched]), models_, name=f"with {drafter}")
-        finally:
-            if keeps:
-                keeper.__exit__()
         for result in results:
             lawful_end(result)
         if witness.parted:
