@@ -23,6 +23,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 from unspool.huggingface.runner import HuggingFaceRunner
 from unspool.request import Logprobs, PreparedRequest
 from unspool.runner import ModelRunner
+from unspool_testing.compare import with_pipeline, with_plugin
 from unspool_testing.driver import Circumstances, least_slots, request
 from unspool_testing.known import Known, Spec
 from unspool_testing.networks import ARCHITECTURES, tiny_model
@@ -157,6 +158,13 @@ class Case(_Part):
     def prepared(self, known: Known) -> list[PreparedRequest]:
         """Make the requests ready for the loop, or raise a `ConfigError`."""
         return [asked.prepared(known, str(number)) for number, asked in enumerate(self.requests)]
+
+    def drafting(self, known: Known) -> list[PreparedRequest]:
+        """Make the requests ready for the loop, the case's drafter in the first one's pipeline."""
+        first, *others = self.prepared(known)
+        if self.drafter is not None:
+            first = with_pipeline(first, with_plugin(first.pipeline, known.plugin(self.drafter)))
+        return [first, *others]
 
     def first(self) -> Asked:
         """Give the request that the law is about."""

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from hypothesis import assume
 from hypothesis import strategies as st
 
 from unspool.errors import ConfigError, InputError, UnspoolError
 from unspool_testing.case import NETWORK_VOCABULARY, Asked, Model, Schedule
+from unspool_testing.compare import with_plugin
 from unspool_testing.known import Known, Spec
 from unspool_testing.parameters import parameters
 from unspool_testing.subject import Subject
@@ -54,6 +56,16 @@ def models(draw: st.DrawFn, least: int = 2, most: int = 6) -> Model:
         memory=draw(st.sampled_from([0, 1, 2, None])),
         seed=draw(st.integers(0, 5)),
     )
+
+
+@st.composite
+def tied(draw: st.DrawFn, least: int = 2, most: int = 5) -> Model:
+    """Draw a table in which equal logits are common: what follows depends on the last token."""
+    vocab_size = draw(st.integers(least, most))
+    logits = st.sampled_from([0.0, 1.0, -1.0, 0.5, 2.0, -4.0])
+    row = st.lists(logits, min_size=vocab_size, max_size=vocab_size).map(tuple)
+    last = draw(st.lists(st.integers(0, vocab_size - 1), max_size=2, unique=True))
+    return Model(vocab_size=vocab_size, table={(): draw(row), **{(token,): draw(row) for token in last}})
 
 
 @st.composite
@@ -199,3 +211,16 @@ def drafters(draw: st.DrawFn, known: Known, asked: Asked, model: Model) -> Spec:
     if strategy.row_local and not strategy.holds:
         choices += ["kit_draft_model", {"kit_draft_model": {"model": "draft", "length": 2}}]
     return draw(st.sampled_from(choices))
+
+
+@st.composite
+def a_drafter(draw: st.DrawFn, known: Known, asked: Asked, model: Model) -> Spec | None:
+    """Draw a drafter beside a pipeline, or none."""
+    if draw(st.booleans()):
+        return None
+    drafter = draw(drafters(known, asked, model))
+    try:
+        with_plugin(known.pipeline(asked.strategy, asked.plugins), known.plugin(drafter))
+    except ConfigError:
+        assume(False)
+    return drafter

@@ -23,10 +23,9 @@ from unspool.step import Step
 from unspool_testing.case import Case, circumstances
 from unspool_testing.claims import floats
 from unspool_testing.driver import Models, alone, drive
-from unspool_testing.generators import models, requests, schedules
+from unspool_testing.generators import a_drafter, models, requests, schedules, tied
 from unspool_testing.known import Known
 from unspool_testing.law import Broken, Law, check_of, lawful_end
-from unspool_testing.laws.reference import a_drafter, prepared, tied
 from unspool_testing.spy import Seen, reached, transforms_of, watch
 from unspool_testing.subject import Subject
 from unspool_testing.table import Path
@@ -51,7 +50,7 @@ def _cases(draw: st.DrawFn, subject: Subject) -> Case:
 def check_constraint(case: Case, known: Known) -> None:
     """Check what a constraint forbids in a run, the texts that come of it, and that its place is no matter."""
     model, others = case.model.runner(), case.model.companions()
-    [request] = prepared(case, known)
+    [request] = case.drafting(known)
     rows: list[Seen] = []
     dead: set[Path] = set()
     transforms_of(request.pipeline, case.subject, rows)

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
-from hypothesis import assume
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
@@ -23,12 +22,12 @@ from unspool.hooks import Growth
 from unspool.pipeline import Pipeline
 from unspool.request import PreparedRequest, Result
 from unspool.step import Step
-from unspool_testing.case import Asked, Case, Model, circumstances
+from unspool_testing.case import Case, circumstances
 from unspool_testing.claims import Row, floats
-from unspool_testing.compare import TOLERANCE, with_pipeline, with_plugin
+from unspool_testing.compare import TOLERANCE
 from unspool_testing.driver import drive
-from unspool_testing.generators import drafters, models, requests, schedules
-from unspool_testing.known import Known, Spec
+from unspool_testing.generators import a_drafter, models, requests, schedules, tied
+from unspool_testing.known import Known
 from unspool_testing.law import Broken, Law, check_of, lawful_end
 from unspool_testing.spy import Seen, reached, transforms_of, watch
 from unspool_testing.subject import Subject
@@ -43,16 +42,6 @@ below both; a probability near 1 follows no logit, so parameters move too."""
 
 
 # ---- cases -----------------------------------------------------------------------------------------------------------
-
-
-@st.composite
-def tied(draw: st.DrawFn, least: int = 2, most: int = 5) -> Model:
-    """Draw a table in which equal logits are common: what follows depends on the last token."""
-    vocab_size = draw(st.integers(least, most))
-    logits = st.sampled_from([0.0, 1.0, -1.0, 0.5, 2.0, -4.0])
-    row = st.lists(logits, min_size=vocab_size, max_size=vocab_size).map(tuple)
-    last = draw(st.lists(st.integers(0, vocab_size - 1), max_size=2, unique=True))
-    return Model(vocab_size=vocab_size, table={(): draw(row), **{(token,): draw(row) for token in last}})
 
 
 @st.composite
@@ -76,27 +65,6 @@ def _cases(draw: st.DrawFn, subject: Subject) -> Case:
     )
 
 
-@st.composite
-def a_drafter(draw: st.DrawFn, known: Known, asked: Asked, model: Model) -> Spec | None:
-    """Draw a drafter beside a pipeline, or none."""
-    if draw(st.booleans()):
-        return None
-    drafter = draw(drafters(known, asked, model))
-    try:
-        with_plugin(known.pipeline(asked.strategy, asked.plugins), known.plugin(drafter))
-    except ConfigError:
-        assume(False)
-    return drafter
-
-
-def prepared(case: Case, known: Known) -> list[PreparedRequest]:
-    """Make a case's requests ready, the case's drafter in the first one's pipeline."""
-    first, *others = case.prepared(known)
-    if case.drafter is not None:
-        first = with_pipeline(first, with_plugin(first.pipeline, known.plugin(case.drafter)))
-    return [first, *others]
-
-
 # ---- the law ---------------------------------------------------------------------------------------------------------
 
 
@@ -114,7 +82,7 @@ def check_reference(case: Case, known: Known) -> None:
     """Check rows, ends and texts against what the plugin claims of them."""
     model = case.model.runner()
     assert isinstance(model, TableModel)
-    asked = [replace(request, logprobs="pipeline") for request in prepared(case, known)]  # for claims that read them
+    asked = [replace(request, logprobs="pipeline") for request in case.drafting(known)]  # for claims that read them
     rows: list[Seen] = []
     ends: list[_Ended] = []
     for pipeline in {id(request.pipeline): request.pipeline for request in asked}.values():

@@ -25,10 +25,9 @@ from unspool_testing.case import Asked, Case, circumstances
 from unspool_testing.compare import TOLERANCE
 from unspool_testing.driver import alone, drive
 from unspool_testing.enumeration import claimed_texts
-from unspool_testing.generators import models, neighbours, requests, schedules
+from unspool_testing.generators import a_drafter, models, neighbours, requests, schedules
 from unspool_testing.known import Known, Spec
 from unspool_testing.law import Broken, Law, check_of, lawful_end
-from unspool_testing.laws.reference import a_drafter, prepared
 from unspool_testing.parameters import parameters
 from unspool_testing.spy import Seen, choices_of, watch
 from unspool_testing.subject import Subject
@@ -69,7 +68,7 @@ def check_scores_add_up(case: Case, known: Known) -> None:
     """Check the scores and the log-probabilities of all texts."""
     model = case.model.runner()
     assert isinstance(model, TableModel)
-    asked = prepared(case, known)
+    asked = case.drafting(known)
     rows: list[Seen] = []
     scorings = {}
     for pipeline in {id(request.pipeline): request.pipeline for request in asked}.values():
@@ -261,7 +260,7 @@ def check_ranking(case: Case, known: Known) -> None:
     """Check in which order the texts come back, and whether a search that overlooks nothing finds them all."""
     model = case.model.runner()
     assert isinstance(model, TableModel)
-    [request] = prepared(case, known)
+    [request] = case.drafting(known)
     [result] = alone(model, [request], case.model.companions())
     exact = claimed_texts(known, request, model) if case.replace.get(BRUTE_FORCE) else None
     if not lawful_end(result):

@@ -8,9 +8,8 @@ from unspool.handle import newly_final
 from unspool.loop import Loop
 from unspool.request import PreparedRequest, Result
 from unspool_testing.case import Case, circumstances
-from unspool_testing.compare import with_pipeline, with_plugin
 from unspool_testing.driver import drive
-from unspool_testing.generators import models, requests, schedules
+from unspool_testing.generators import a_drafter, models, requests, schedules
 from unspool_testing.known import Known
 from unspool_testing.law import Broken, Law, check_of, lawful_end
 from unspool_testing.subject import Subject
@@ -25,17 +24,14 @@ def _cases(draw: st.DrawFn, subject: Subject) -> Case:
         model=model,
         requests=(asked,),
         schedule=draw(schedules(1, cancels=True)),
-        drafter=None if subject.drafts else draw(st.sampled_from([None, "kit_trees"])),
+        drafter=draw(a_drafter(subject.known, asked, model)),
     )
 
 
 @check_of
 def check_streaming_is_final(case: Case, known: Known) -> None:
     """Collect after each step what has become final, and compare it with what is returned in the end."""
-    [request] = case.prepared(known)
-    if case.drafter is not None:
-        guess = known.plugin({str(case.drafter): {"vocab_size": case.model.vocab_size}})
-        request = with_pipeline(request, with_plugin(request.pipeline, guess))
+    [request] = case.drafting(known)
     final: list[list[int]] = [[] for _ in range(request.n if request.pipeline.independent else 1)]
 
     def listen(loop: Loop) -> None:
