@@ -71,7 +71,10 @@ def slots_for(asked: PreparedRequest, name: str) -> int:
     new = branches * (asked.limits.max_new_tokens - 1) + (
         3 * branches if pipeline.strategy.holds or name == "impatient" else 0
     )
-    prompts = [asked.prompt_ids, *(c.prompt or asked.prompt_ids for c in pipeline.companions.values())]
+    prompts = [
+        asked.prompt_ids,
+        *(pipeline.companion_prompt(name, asked) or asked.prompt_ids for name in pipeline.companions),
+    ]
     return sum(len(prompt) + new for prompt in prompts)
 
 

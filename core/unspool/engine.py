@@ -37,11 +37,11 @@ from unspool.pipeline import Pipeline
 from unspool.plugin import Plugin
 from unspool.prompt import encode_prompt
 from unspool.registry import Registry
-from unspool.request import Hypothesis, Limits, PreparedRequest, Prompt, Request, Result, Stats
+from unspool.request import Limits, PreparedRequest, Prompt, Request, Result, Stats
 from unspool.resolved import Defaults, Resolved, describe, load_defaults, resolve_request
 from unspool.runner import ModelRunner
 from unspool.scoring import Given, Score
-from unspool.text import Detokenizer, StopStrings
+from unspool.text import Detokenizer
 from unspool.trace import Recorder
 from unspool.worker import Worker
 from unspool.wrapped import wrap_criteria, wrap_processor
@@ -518,6 +518,9 @@ class Engine:
             n=resolved.n,
             logprobs=resolved.logprobs,
             prompt=text,
+            tokenizer=self.tokenizer,
+            raw=resolved.raw,
+            chat=resolved.chat,
             provenance=provenance,
         )
 
@@ -604,7 +607,9 @@ class Engine:
         except Exception as error:
             request = handle.request
             stats = Stats(prompt_tokens=len(request.prompt_ids))
-            handle.finish(Result(request.id, request.prompt, request.prompt_ids, (), stats, error, request.provenance))
+            handle.finish(
+                Result(request.id, request.prompt, request.prompt_ids, (), stats, error, {}, request.provenance)
+            )
             return
         self._handles[handle.live] = handle
 
@@ -634,25 +639,7 @@ class Engine:
         handle = self._handles.pop(live, None)
         assert live.result is not None
         if handle is not None:
-            handle.finish(self._with_text(live.request, live.result))
-
-    def _with_text(self, request: PreparedRequest, result: Result) -> Result:
-        """Write the hypotheses' texts: without the end token, and cut before a stop string."""
-        if self.tokenizer is None or not result.hypotheses:
-            return result
-        hypotheses = tuple(
-            dataclasses.replace(hypothesis, text=self._text(request, hypothesis)) for hypothesis in result.hypotheses
-        )
-        return dataclasses.replace(result, hypotheses=hypotheses)
-
-    def _text(self, request: PreparedRequest, hypothesis: Hypothesis) -> str:
-        tokens = hypothesis.token_ids[:-1] if hypothesis.finish_reason == "eos" else hypothesis.token_ids
-        text = self.detokenizer.text(request.prompt_ids, tokens)
-        if request.limits.stop:
-            stops = StopStrings(request.limits.stop)
-            _, cut = stops.push(stops.start(), text)
-            text = text if cut is None else text[:cut]
-        return text
+            handle.finish(live.result)
 
 
 def _settings(base: EngineSettings, given: Mapping[str, Any]) -> EngineSettings:

@@ -112,7 +112,7 @@ class Lane:
 
     def enter(self, live: Live, prompt: NDArray[np.int64]) -> None:
         """Begin a request here (again, after a preemption)."""
-        length = len(prompt) + live.request.limits.max_new_tokens * max(1, len(live.branches))
+        length = len(prompt) + live.request.limits.max_new_tokens * live.widest
         claim = self.cache.pool.claim(min(length, self.cache.pool.size))
         live.tracks[self] = Track(prompt, claim, np.empty(len(prompt), dtype=np.int64))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from unspool.errors import DeadEnd, InputError, PluginError
@@ -11,6 +13,9 @@ from unspool.live import Branch, Live, logprob_list
 from unspool.plugin import Plugin
 from unspool.request import Hypothesis, PreparedRequest, Result
 from unspool.schedule import Scheduler
+from unspool.text import Detokenizer
+
+NOTHING: Mapping[str, Any] = {}
 
 
 class Lifecycle:
@@ -20,10 +25,14 @@ class Lifecycle:
         main: the target's lane.
         scheduler: where requests wait and run.
         finished: called with each request that has ended, its result in `live.result`.
+        detokenizer: for the texts; None where the model has no tokenizer.
     """
 
-    def __init__(self, main: Lane, scheduler: Scheduler, finished: Callable[[Live], None]) -> None:
+    def __init__(
+        self, main: Lane, scheduler: Scheduler, finished: Callable[[Live], None], detokenizer: Detokenizer | None
+    ) -> None:
         self._main, self._tree, self._scheduler, self._finished = main, main.tree, scheduler, finished
+        self._detokenizer = detokenizer
         self._order = 0
 
     def begin(self, request: PreparedRequest) -> Live:
@@ -31,17 +40,18 @@ class Lifecycle:
 
         Raises:
             AdmissionError: it can never run here.
-            PluginError: one of its plugins does not let it begin.
+            PluginError, InputError: one of its plugins does not let it begin.
         """
         pipeline = request.pipeline
-        starts = _ask(pipeline.strategy, "start", request)
-        if not isinstance(starts, int) or starts < 1:
-            raise PluginError(pipeline.strategy.name, "start", f"it must say how many branches, not {starts!r}")
+        starts, widest = (_ask(pipeline.strategy, asked, request) for asked in ("start", "widest"))
+        for asked, answer in (("start", starts), ("widest", widest)):
+            if not isinstance(answer, int) or answer < 1:
+                raise PluginError(pipeline.strategy.name, asked, f"it must say how many branches, not {answer!r}")
         lengths = {lane: len(prompt) for lane, prompt in self._scheduler.prompts(request).items()}
         if refusal := self._scheduler.refuse(request, lengths):
             raise refusal
         states = tuple(_ask(plugin, "initial", request) for plugin in pipeline.stateful)
-        live = Live(request, self._order, self._tree.root(request.prompt_ids))
+        live = Live(request, self._order, self._tree.root(request.prompt_ids), max(starts, widest))
         self._tree.states[live.root] = states
         for stream in range(starts):
             self._tree.hold(live.root)
@@ -49,7 +59,7 @@ class Lifecycle:
         try:
             for plugin in pipeline.owners:
                 live.own[plugin.name] = _ask(plugin, "open", request)
-        except PluginError as error:
+        except (PluginError, InputError) as error:
             self._release(live)
             self._tell_end(live, self._result(live, (), error))
             raise
@@ -81,12 +91,23 @@ class Lifecycle:
             self.fail(live, DeadEnd(live.dead_path or ()))
             return
         try:
-            ranked = self._ranked(live)
+            if request.pipeline.reads_texts:
+                live.hypotheses = self._with_texts(request, live.hypotheses)
+                ranked = self._ranked(live)
+                hypotheses = ranked[: request.n]
+                reports = self._reports(live, ranked)
+            else:
+                hypotheses, reports = self._with_texts(request, self._ranked(live)[: request.n]), {}
         except PluginError as error:
             self.fail(live, error)
             return
-        hypotheses = tuple(ranked[: request.n])
-        self._close(live, self._result(live, hypotheses, None))
+        self._close(live, self._result(live, tuple(hypotheses), None, reports))
+
+    def _with_texts(self, request: PreparedRequest, hypotheses: Sequence[Hypothesis]) -> list[Hypothesis]:
+        if self._detokenizer is None:
+            return list(hypotheses)
+        text_of = self._detokenizer.text_of
+        return [replace(h, text=text_of(request, h.token_ids, h.finish_reason)) for h in hypotheses]
 
     def _ranked(self, live: Live) -> list[Hypothesis]:
         strategy = live.request.pipeline.strategy
@@ -99,16 +120,37 @@ class Lifecycle:
             raise PluginError(strategy.name, "rank", "it must return hypotheses, at least one")
         return ranked
 
+    @staticmethod
+    def _reports(live: Live, ranked: Sequence[Hypothesis]) -> dict[str, Mapping[str, Any]]:
+        reports = {}
+        for plugin in live.request.pipeline.reporters:
+            report = _ask(plugin, "report", live.request, live.own.get(plugin.name), ranked)
+            if not isinstance(report, Mapping):
+                raise PluginError(plugin.name, "report", f"it must return a mapping, not {type(report).__name__}")
+            try:
+                json.dumps(dict(report), allow_nan=False)
+            except (TypeError, ValueError) as error:
+                raise PluginError(plugin.name, "report", f"JSON cannot carry it: {error}") from error
+            if report:
+                reports[plugin.name] = report
+        return reports
+
     def fail(self, live: Live, error: Exception) -> None:
         """End a request with an error. Nobody else notices."""
         if live.result is None:
             self._close(live, self._result(live, (), error))
 
     @staticmethod
-    def _result(live: Live, hypotheses: tuple[Hypothesis, ...], error: Exception | None) -> Result:
-        request = live.request
-        stats = live.stats(hypotheses)
-        return Result(request.id, request.prompt, request.prompt_ids, hypotheses, stats, error, request.provenance)
+    def _result(
+        live: Live,
+        hypotheses: tuple[Hypothesis, ...],
+        error: Exception | None,
+        reports: Mapping[str, Mapping[str, Any]] = NOTHING,
+    ) -> Result:
+        request, stats = live.request, live.stats(hypotheses)
+        return Result(
+            request.id, request.prompt, request.prompt_ids, hypotheses, stats, error, reports, request.provenance
+        )
 
     def _close(self, live: Live, result: Result) -> None:
         live.result = result

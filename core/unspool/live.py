@@ -62,6 +62,8 @@ class Live:
     order: int
     """Its age: the smaller, the earlier it was submitted."""
     root: int
+    widest: int = 1
+    """Branches that its strategy keeps at most."""
     branches: list[Branch] = field(default_factory=list)
     hypotheses: list[Hypothesis] = field(default_factory=list)
     own: dict[str, Any] = field(default_factory=dict)

@@ -38,7 +38,7 @@ class Loop:
         token_budget: most tokens of a pass.
         max_running: most requests that are admitted at once.
         models: loads a companion's model by name.
-        detokenizer: for stop strings; None where the model has no tokenizer.
+        detokenizer: for texts and stop strings; None where the model has no tokenizer.
         finished: called with each request that has ended, its result in `live.result`.
         progressed: called after each step with the requests that had rows.
     """
@@ -61,7 +61,7 @@ class Loop:
         self.recorder: Recorder | None = None
         self.steps = 0
         self._stop_text = StopText(self.tree, detokenizer)
-        self._lifecycle = Lifecycle(self.main, self.scheduler, finished)
+        self._lifecycle = Lifecycle(self.main, self.scheduler, finished, detokenizer)
         self._forward = Forward(self.main, self.scheduler, self._lifecycle.fail)
         self._progressed = progressed
 

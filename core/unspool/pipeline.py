@@ -9,15 +9,18 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 from pydantic import BaseModel, ValidationError
 
-from unspool.errors import ConfigError, Problem
+from unspool.errors import ConfigError, InputError, PluginError, Problem
 from unspool.hooks import Hooks
 from unspool.plugin import Companion, Plugin, per_request_fields
 from unspool.registry import Registry
+
+if TYPE_CHECKING:
+    from unspool.request import PreparedRequest
 
 HOOKS = ("pre_forward", "logits_transform", "select", "stop_check")
 
@@ -100,6 +103,9 @@ class Pipeline:
         self.scores = not self.independent or any(p.reads_score for p in self.plugins)
         """Somebody may read a score, so the core sums log-probabilities where the strategy gives none."""
         self.stateful = tuple(p for p in self.plugins if type(p).initial is not Plugin.initial)
+        self.reporters = tuple(p for p in self.plugins if type(p).report is not Plugin.report)
+        self.reads_texts = ranks or bool(self.reporters)
+        """Somebody looks at hypotheses before they are returned."""
         self.owners = tuple(p for p in self.plugins if type(p).open is not Plugin.open)
         self.hidden = tuple(sorted({layer for p in self.plugins for layer in p.hidden}))
         self.path_hidden = tuple(sorted({layer for p in self.plugins for layer in p.path_hidden}))
@@ -125,6 +131,29 @@ class Pipeline:
                     reason = f"companion {name!r} is declared differently"
                     raise ConfigError([Problem(f"plugins.{plugin.name}", reason)])
         return found
+
+    def companion_prompt(self, name: str, request: PreparedRequest) -> Sequence[int] | None:
+        """Give the prompt that a companion reads in a request; None: the request's own.
+
+        Raises:
+            PluginError: the function that the companion gave for it raised, or gives no token.
+        """
+        prompt = self.companions[name].prompt
+        if not callable(prompt):
+            return prompt
+        try:
+            ids = prompt(request)
+        except InputError:
+            raise
+        except Exception as error:
+            reason = f"the prompt of companion {name!r}: {type(error).__name__}: {error}"
+            raise PluginError(self._owner_of(name), "companions", reason) from error
+        if not ids:
+            raise PluginError(self._owner_of(name), "companions", f"the prompt of companion {name!r} has no token")
+        return ids
+
+    def _owner_of(self, companion: str) -> str:
+        return next(plugin.name for plugin in self.plugins if companion in plugin.companions())
 
     @cached_property
     def key(self) -> str:

@@ -7,7 +7,7 @@ serves many requests, so `self` holds parameters and nothing else; what changes 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -75,13 +75,14 @@ class Companion:
 
     Args:
         model: a loaded model's name or path; None is the target itself.
-        prompt: token ids that stand before the same new tokens; None is the request's own prompt.
+        prompt: token ids that stand before the same new tokens, or a pure function that gives them for a request; None
+            is the request's own prompt.
         layers: run only so many layers, then the final norm and the head; None is all of them.
         every_row: run beside every row in the step's pass (guidance), not only when asked (a draft model).
     """
 
     model: str | None = None
-    prompt: tuple[int, ...] | None = None
+    prompt: tuple[int, ...] | Callable[[PreparedRequest], Sequence[int]] | None = None
     layers: int | None = None
     every_row: bool = False
 
@@ -146,11 +147,28 @@ class Plugin:
     def close(self, own: Any, result: Result) -> None:
         """Hear of the request's end (a suffix drafter learns here)."""
 
+    def report(self, request: PreparedRequest, own: Any, hypotheses: Sequence[Hypothesis]) -> Mapping[str, Any]:
+        """Say what else there is to know of a result: votes, weights, an estimate. It becomes `Result.reports[name]`.
+
+        Args:
+            request: the request that has ended, with at least one hypothesis.
+            own: what `open` made for it; None if it makes nothing.
+            hypotheses: all of them, best first; the first `request.n` are returned.
+
+        Returns:
+            What JSON can carry, by name; empty: nothing.
+        """
+        return {}
+
     # Only asked of the strategy.
     def start(self, request: PreparedRequest) -> int:
         """Say how many branches stand on the prompt at first, in streams 0, 1, ..."""
         return request.n if self.row_local else 1
 
+    def widest(self, request: PreparedRequest) -> int:
+        """Say how many branches it keeps at most, so that slots for all of them are claimed side by side."""
+        return self.start(request)
+
     def rank(self, request: PreparedRequest, hypotheses: Sequence[Hypothesis]) -> Sequence[Hypothesis]:
-        """Order the finished hypotheses, best first. By score unless overridden."""
+        """Order the finished hypotheses, best first. By score unless overridden; their texts are there."""
         return sorted(hypotheses, key=lambda h: -(h.score if h.score is not None else float("-inf")))

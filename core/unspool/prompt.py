@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from unspool.errors import InputError
-from unspool.request import Prompt
+from unspool.request import PreparedRequest, Prompt
 
 
 def encode_prompt(
@@ -55,6 +55,31 @@ def encode_prompt(
     size = vocab_size if vocab_size is not None else len(tokenizer) if tokenizer is not None else None
     ids = _checked_ids(prompt, size)
     return ("" if tokenizer is None else _decode(tokenizer, ids)), ids
+
+
+def encode_like(request: PreparedRequest, prompt: Prompt) -> tuple[int, ...]:
+    """Give the token ids of another prompt, written as the request's own is: in the chat template, unless that is raw.
+
+    Raises:
+        InputError: as `encode_prompt`.
+    """
+    return encode_prompt(request.tokenizer, prompt, raw=request.raw, chat=request.chat)[1]
+
+
+def encode_phrase(request: PreparedRequest, phrase: str | Sequence[int]) -> tuple[int, ...]:
+    """Give the token ids of a piece of text, as it stands inside a text: without special tokens.
+
+    Args:
+        request: whose model's tokens are wanted.
+        phrase: text, or its token ids, which are given back.
+
+    Raises:
+        InputError: it gives no token, or is text and the model has no tokenizer.
+    """
+    ids = phrase if not isinstance(phrase, str) else _encode(request.tokenizer, phrase, add_special_tokens=False)
+    if not ids:
+        raise InputError("phrase", phrase, "text or token ids that come to at least one token")
+    return tuple(ids)
 
 
 def _has_template(tokenizer: Any) -> bool:

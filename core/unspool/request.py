@@ -91,6 +91,9 @@ class PreparedRequest:
         n: hypotheses to return.
         logprobs: which log-probabilities to return.
         prompt: the prompt as text, for the result.
+        tokenizer: of transformers; None: prompts are token ids, and there is no text.
+        raw: text prompts stand outside the chat template.
+        chat: extra arguments of the chat template.
         provenance: effective config and versions, for the result.
     """
 
@@ -104,6 +107,9 @@ class PreparedRequest:
     n: int = 1
     logprobs: Logprobs | None = None
     prompt: str = ""
+    tokenizer: Any = None
+    raw: bool = False
+    chat: Mapping[str, Any] | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -163,7 +169,7 @@ class Stats:
 class Result:
     """What a request came to: hypotheses, best first, or an error.
 
-    `text` and `token_ids` are those of the best hypothesis.
+    `text` and `token_ids` are those of the best hypothesis. `reports` is what plugins have to say about it, by name.
     """
 
     id: str
@@ -172,6 +178,7 @@ class Result:
     hypotheses: tuple[Hypothesis, ...] = ()
     stats: Stats = Stats()
     error: Exception | None = None
+    reports: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -195,6 +202,8 @@ class Result:
             record["error"] = {"type": type(self.error).__name__, "message": str(self.error)}
         else:
             record["hypotheses"] = [_hypothesis_record(h) for h in self.hypotheses]
+            if self.reports:
+                record["reports"] = {name: dict(report) for name, report in self.reports.items()}
         record["stats"] = dataclasses.asdict(self.stats)
         record["provenance"] = dict(self.provenance)
         return record

@@ -255,7 +255,7 @@ class Scheduler:
         own = np.array(request.prompt_ids, dtype=np.int64)
         found = {self._main: own}
         for name, lane in self._lanes_of(request).items():
-            prompt = request.pipeline.companions[name].prompt
+            prompt = request.pipeline.companion_prompt(name, request)
             found[lane] = own if prompt is None else np.array(prompt, dtype=np.int64)
         return found
 

@@ -20,7 +20,10 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from unspool.request import PreparedRequest
 
 _SAMPLES, _SAMPLE_LENGTH = 64, 24
 _PROBE = "Ça va, 世界? 🎉\n\tnaïve  x"
@@ -103,6 +106,15 @@ class Detokenizer:
             state, piece = self.push(state, token)
             pieces.append(piece)
         return "".join(pieces) + self.flush(state)
+
+    def text_of(self, request: PreparedRequest, tokens: Sequence[int], finish_reason: str) -> str:
+        """Give the text of a hypothesis: without the end token, and cut before a stop string."""
+        text = self.text(request.prompt_ids, tokens[:-1] if finish_reason == "eos" else tokens)
+        if request.limits.stop:
+            stops = StopStrings(request.limits.stop)
+            _, cut = stops.push(stops.start(), text)
+            text = text if cut is None else text[:cut]
+        return text
 
     def _push_window(self, state: TextState, token: int) -> tuple[TextState, str]:
         window = (*state.window, token)

@@ -22,7 +22,7 @@ import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import Progress  # noqa: E402
 
-from power.faults import FAULTS  # noqa: E402
+from power.catalogue import FAULTS  # noqa: E402
 from power.write_page import PAGE, page  # noqa: E402
 from unspool_testing import LAWS, Case, Subject, Verdict, prove  # noqa: E402
 from unspool_testing.known import KIT  # noqa: E402

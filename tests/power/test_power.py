@@ -6,7 +6,8 @@ from collections import Counter
 
 import pytest
 
-from power.faults import FAULTS, Fault
+from power.catalogue import FAULTS
+from power.fault import Fault
 from power.write_page import PAGE, listed
 from unspool_testing import LAWS, Case
 

@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-from power.faults import FAULTS, Fault
+from power.catalogue import FAULTS
+from power.fault import Fault
 from unspool_testing import LAWS
 from unspool_testing.proof import Verdict
 
@@ -19,7 +20,7 @@ BEGINNING = """\
 The laws of `unspool check` are only worth as much as the faults that they find. So faults are planted on purpose: slips
 that a good programmer makes, in our own plugins and in the core, one at a time. A law must find each of them, and must
 hold again when the slip is undone. This page is written by `make proof`, with fixed seeds; the catalogue is
-`tests/power/faults.py`.
+`tests/power/catalogue`.
 """
 
 

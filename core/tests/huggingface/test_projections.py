@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from unspool.huggingface import projections
 from unspool.huggingface.projections import Packed, Part, quicken
 from unspool_testing.networks import ARCHITECTURES, tiny_model
 
@@ -33,12 +34,18 @@ def test_projections_of_one_input_are_joined_and_keep_their_weights() -> None:
     assert all(torch.equal(after[name], value) for name, value in weights.items())
 
 
-def test_bfloat16_weights_are_packed_within_rounding() -> None:
+@pytest.mark.parametrize("can_pack", [None, False])
+def test_bfloat16_weights_are_packed_within_rounding_where_the_processor_can(
+    can_pack: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if can_pack is not None:
+        monkeypatch.setattr(projections, "_can_pack", lambda: can_pack)
     model = tiny_model("llama", dtype=torch.bfloat16)
     ids = torch.randint(3, 60, (1, 9), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         before = model(ids, use_cache=False).logits
         quicken(model)
         after = model(ids, use_cache=False).logits
-    assert isinstance(model.get_submodule("model.layers.0.self_attn.o_proj"), Packed)
+    packed = isinstance(model.get_submodule("model.layers.0.self_attn.o_proj"), Packed)
+    assert packed == projections._can_pack()
     torch.testing.assert_close(after, before, rtol=0.05, atol=0.05 * float(before.abs().max()))
