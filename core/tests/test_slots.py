@@ -41,6 +41,15 @@ def test_a_slot_that_is_given_back_at_the_end_is_taken_again() -> None:
     assert pool.take(claim, 2).tolist() == [2, 3]
 
 
+def test_a_slot_that_is_given_back_in_the_middle_is_the_next_to_be_taken() -> None:
+    pool = SlotPool(10)
+    claim = pool.claim(8)
+    pool.take(claim, 6)
+    for slot in (4, 2):
+        pool.give(claim, slot)
+    assert [pool.take_one(claim) for _ in range(4)] == [2, 4, 6, 7]
+
+
 class PoolBesideASet(RuleBasedStateMachine):
     """A pool never gives a slot twice, and knows how many are free."""
 
@@ -48,6 +57,7 @@ class PoolBesideASet(RuleBasedStateMachine):
         super().__init__()
         self.pool = SlotPool(24)
         self.holders: list[tuple[Claim, set[int]]] = []
+        self.writer: dict[int, Claim] = {}
 
     @rule(length=st.integers(1, 30))
     def claim(self, length: int) -> None:
@@ -67,6 +77,7 @@ class PoolBesideASet(RuleBasedStateMachine):
         assert len(taken) == count
         assert not any(taken & held for _, held in self.holders)
         mine |= taken
+        self.writer.update(dict.fromkeys(taken, claim))
 
     @precondition(lambda self: any(held for _, held in self.holders))
     @rule(data=st.data())
@@ -89,6 +100,13 @@ class PoolBesideASet(RuleBasedStateMachine):
     def counts_are_right(self) -> None:
         held = sum(len(held) for _, held in self.holders)
         assert self.pool.free == self.pool.size - held
+
+    @invariant()
+    def what_a_holder_is_said_to_have_written_nobody_else_wrote_after_it(self) -> None:
+        for claim, _ in self.holders:
+            for slot in range(self.pool.size):
+                if self.pool.wrote(claim, np.array([slot])):
+                    assert self.writer[slot] is claim
 
 
 TestPoolBesideASet = PoolBesideASet.TestCase

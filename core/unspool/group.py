@@ -278,9 +278,8 @@ class Group:
             raise ValueError(f"layer {layer} is not stored: name it in `path_hidden`")
         paths = []
         for request, node in zip(rows.request, rows.node, strict=True):
-            segments = self.main.segments(rows.lives[request], node)
-            pairs = zip(segments[::2], segments[1::2], strict=True)
-            paths.append(torch.cat([store[start:end] for start, end in pairs]))
+            context = self.main.trail(rows.lives[request], node).context
+            paths.append(store[context if isinstance(context, slice) else torch.from_numpy(context).to(store.device)])
         hidden = torch.nn.utils.rnn.pad_sequence(paths, batch_first=True)
         lengths = torch.tensor([len(path) for path in paths], device=hidden.device)
         return hidden, torch.arange(hidden.shape[1], device=hidden.device) < lengths.unsqueeze(1)

@@ -104,7 +104,6 @@ class Grower:
             if before not in new:
                 if before.held is not None:
                     self._let_go(before.held.drafts)
-                self.group.main.forget_segments(before.node)
                 tree.release(before.node)
         live.branches = after
         for row in rows:  # drafts under a row that has a child: nobody holds them
@@ -130,7 +129,6 @@ class Grower:
             if not decision.children.drop[child]
             if (branch := self._child(live, before, decision.children, child, states.get(child, ()))) is not None
         ]
-        self.group.main.forget_segments(before.node)
         self.tree.release(before.node)
         return []
 

@@ -16,13 +16,50 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from unspool.chain import Chain
 from unspool.live import Live
 from unspool.runner import Batch, ModelRunner, Output, Span
 from unspool.slots import Claim, SlotPool
 from unspool.tree import NONE, Tree
 
-Segments = tuple[int, ...]
-"""A path's slots in order, as (start, end, start, end, ...)."""
+Context = slice | NDArray[np.int64]
+"""Slots: consecutive ones, or a list."""
+
+
+class Trail(NamedTuple):
+    """The slots of a path, in its order.
+
+    Args:
+        chain: of slots, shared with the paths along it.
+        length: how many of them are this path's.
+        first: the first of them, if they are consecutive; else -1.
+    """
+
+    chain: Chain
+    length: int
+    first: int
+
+    @classmethod
+    def of(cls, slots: NDArray[np.int64]) -> Trail:
+        """Begin with the slots of a whole path."""
+        first, length = int(slots[0]), len(slots)
+        straight = int(slots[-1]) - first == length - 1 and bool((np.diff(slots) == 1).all())
+        return cls(Chain(slots, length), length, first if straight else -1)
+
+    def and_then(self, slot: int) -> Trail:
+        """Give the trail one token later."""
+        chain, at, first = self
+        return Trail(chain.extended(at, slot), at + 1, first if slot == first + at else -1)
+
+    @property
+    def slots(self) -> NDArray[np.int64]:
+        """Give the slots (a view: do not write to it)."""
+        return self.chain.array[: self.length]
+
+    @property
+    def context(self) -> Context:
+        """Give the slots as attention reads them."""
+        return self.slots if self.first < 0 else slice(self.first, self.first + self.length)
 
 
 @dataclass(eq=False)
@@ -107,7 +144,8 @@ class Lane:
     def __init__(self, tree: Tree, cache: Cache, layers: int | None = None) -> None:
         self.tree, self.cache, self.layers = tree, cache, layers
         self.slot: dict[int, int] = {}
-        self._segments: dict[int, Segments] = {}
+        self._trails: dict[int, Trail] = {}
+        """Of nodes that have something running below them, or soon will."""
         self._owner: dict[int, Claim] = {}
 
     def enter(self, live: Live, prompt: NDArray[np.int64]) -> None:
@@ -124,7 +162,7 @@ class Lane:
         for node in nodes:
             self.free(node)
         self.slot.pop(live.root, None)
-        self._segments.pop(live.root, None)
+        self._trails.pop(live.root, None)
         for slot in track.slots[: track.done].tolist():
             self.cache.pool.give(track.claim, slot)
         self.cache.pool.unclaim(track.claim)
@@ -134,7 +172,9 @@ class Lane:
         claim = self._owner.pop(node, None)
         if claim is not None:
             self.cache.pool.give(claim, self.slot.pop(node))
-            self._segments.pop(node, None)
+            trail = self._trails.pop(node, None)
+            if trail is not None:
+                trail.chain.shortened(trail.length - 1)
 
     def missing(self, live: Live, nodes: Sequence[int]) -> Share:
         """Say what must have run before `nodes` can: the rest of the prompt, and ancestors without a slot."""
@@ -181,7 +221,7 @@ class Lane:
             track = live.tracks[self]
             if track.done == len(track.prompt):
                 del self.slot[live.root]
-                self._segments.pop(live.root, None)
+                self._trails.pop(live.root, None)
             track.done = piece.start
             for slot in track.slots[piece.start : piece.stop].tolist():
                 self.cache.pool.give(track.claim, slot)
@@ -191,25 +231,26 @@ class Lane:
         slot = self.slot[node] = self.cache.pool.take_one(claim)
         self._owner[node] = claim
         parent = self.tree.parent[node]
-        self._segments[node] = _appended(self._segments.get(parent) or self.segments(live, parent), slot)
+        self._trails[node] = (self._trails.get(parent) or self.trail(live, parent)).and_then(slot)
         return slot
 
-    def segments(self, live: Live, node: int) -> Segments:
-        """Give the slots of a path, the prompt's first, as segments."""
-        known = self._segments.get(node)
+    def trail(self, live: Live, node: int) -> Trail:
+        """Give the slots of a path, the prompt's first."""
+        below: list[int] = []
+        at = node
+        while (known := self._trails.get(at)) is None and at != live.root:
+            below.append(self.slot[at])
+            at = self.tree.parent[at]
         if known is None:
-            if node == live.root:
-                known = _segments_of(live.tracks[self].slots)
-            else:
-                known = _appended(self.segments(live, self.tree.parent[node]), self.slot[node])
-            self._segments[node] = known
+            known = self._trails[at] = Trail.of(live.tracks[self].slots)
+        for slot in reversed(below):
+            known = known.and_then(slot)
+        self._trails[node] = known
         return known
 
-    def forget_segments(self, node: int) -> None:
-        """Drop the segments of a node that is only an ancestor now (they are found again where they are needed)."""
-        known = self._segments.get(node)
-        if known is not None and len(known) > 8:
-            del self._segments[node]
+    def forget_trail(self, node: int) -> None:
+        """Drop the trail of a node that is only an ancestor now (it is found again where it is needed)."""
+        self._trails.pop(node, None)
 
 
 class _Packing:
@@ -252,6 +293,8 @@ class _Packing:
             self.positions.append(base + tree.length[node])
             self.slot_list.append(slot)
         self.spans.append(self._span(live, start, nodes))
+        for parent in {tree.parent[node] for node in nodes}.difference(nodes):
+            lane.forget_trail(parent)
 
     def _prompt(self, live: Live, piece: range) -> None:
         lane, track, start = self.lane, live.tracks[self.lane], len(self.tokens)
@@ -261,12 +304,11 @@ class _Packing:
         self.tokens += track.prompt[piece.start : piece.stop].tolist()
         self.positions += piece
         self.slot_list += slots.tolist()
-        context = _context(_segments_of(track.slots[: piece.stop]))
-        self.spans.append(Span(start, len(piece), context))
+        self.spans.append(Span(start, len(piece), Trail.of(track.slots[: piece.stop]).context))
         if track.done == len(track.prompt):
             root = live.root
             lane.slot[root] = self.slot_list[-1]
-            lane.forget_segments(root)
+            lane.forget_trail(root)
             self.packed[root] = len(self.tokens) - 1
             self.row[root] = len(self.wanted)
             self.wanted.append(len(self.tokens) - 1)
@@ -274,14 +316,19 @@ class _Packing:
     def _span(self, live: Live, start: int, nodes: Sequence[int]) -> Span:
         lane, parent = self.lane, self.tree.parent
         if len(nodes) == 1 or all(parent[node] == before for before, node in pairwise(nodes)):
-            return Span(start, len(nodes), _context(lane.segments(live, nodes[-1])))
-        paths = [_slots(lane.segments(live, node)) for node in nodes]
-        context = np.unique(np.concatenate(paths))
-        mask = np.zeros((len(nodes), len(context)), dtype=np.bool_)
+            return Span(start, len(nodes), lane.trail(live, nodes[-1]).context)
+        paths = [lane.trail(live, node).slots for node in nodes]
+        first, end = int(min(path.min() for path in paths)), int(max(path.max() for path in paths)) + 1
+        if end - first > 2 * sum(map(len, paths)):  # far apart: nothing that long is laid out
+            return Span(start, len(nodes), *_union(paths))
+        mask = np.zeros((len(nodes), end - first), dtype=np.bool_)
         for row, path in zip(mask, paths, strict=True):
-            row[np.searchsorted(context, path)] = True
-        first, end = int(context[0]), int(context[-1]) + 1
-        return Span(start, len(nodes), slice(first, end) if end - first == len(context) else context, mask)
+            row[path - first] = True
+        used = mask.any(axis=0)
+        holes = np.flatnonzero(~used) + first
+        if len(holes) <= used.sum() // 2 and lane.cache.pool.wrote(live.tracks[lane].claim, holes):
+            return Span(start, len(nodes), slice(first, end), mask)
+        return Span(start, len(nodes), np.flatnonzero(used) + first, mask[:, used])
 
     def slots(self) -> NDArray[np.int64]:
         return np.array(self.slot_list, dtype=np.int64)
@@ -298,28 +345,10 @@ class _Packing:
         )
 
 
-def _appended(segments: Segments, slot: int) -> Segments:
-    if segments[-1] == slot:
-        return (*segments[:-1], slot + 1)
-    return (*segments, slot, slot + 1)
-
-
-def _segments_of(slots: NDArray[np.int64]) -> Segments:
-    if len(slots) and int(slots[-1]) - int(slots[0]) == len(slots) - 1 and bool((np.diff(slots) == 1).all()):
-        return int(slots[0]), int(slots[-1]) + 1
-    breaks = np.flatnonzero(np.diff(slots) != 1)
-    starts = slots[np.concatenate([[0], breaks + 1])]
-    ends = slots[np.concatenate([breaks, [len(slots) - 1]])] + 1
-    return tuple(np.stack([starts, ends], axis=1).ravel().tolist())
-
-
-def _slots(segments: Segments) -> NDArray[np.int64]:
-    """List the slots of segments."""
-    if len(segments) == 2:
-        return np.arange(segments[0], segments[1], dtype=np.int64)
-    pairs = zip(segments[::2], segments[1::2], strict=True)
-    return np.concatenate([np.arange(start, end, dtype=np.int64) for start, end in pairs])
-
-
-def _context(segments: Segments) -> slice | NDArray[np.int64]:
-    return slice(segments[0], segments[1]) if len(segments) == 2 else _slots(segments)
+def _union(paths: Sequence[NDArray[np.int64]]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Give all slots of some paths, ascending, and for each path which of them it has."""
+    context = np.unique(np.concatenate(paths))
+    mask = np.zeros((len(paths), len(context)), dtype=np.bool_)
+    for row, path in zip(mask, paths, strict=True):
+        row[np.searchsorted(context, path)] = True
+    return context, mask

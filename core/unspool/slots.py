@@ -7,6 +7,8 @@ nothing else is left, slots in another's claim are taken too.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,10 +16,12 @@ from numpy.typing import NDArray
 class Claim:
     """A stretch of slots that a holder would like to fill in order."""
 
-    __slots__ = ("cursor", "end", "start")
+    __slots__ = ("cursor", "end", "start", "written")
 
     def __init__(self, start: int, end: int) -> None:
-        self.start, self.end, self.cursor = start, end, start
+        self.start, self.end = start, end
+        self.cursor = self.written = start
+        """Below `cursor` none of it is free; from `written` on none of it has ever been taken."""
 
 
 class SlotPool:
@@ -33,6 +37,8 @@ class SlotPool:
         self._taken = bytearray(size)  # one slot at a time is quicker there, many at once in the array over it
         self._used = np.frombuffer(self._taken, dtype=np.bool_)
         self._claimed = np.zeros(size, dtype=np.bool_)
+        self._strayed: set[int] = set()
+        """Slots that hold what somebody else wrote than their claim's holder."""
 
     def claim(self, length: int) -> Claim:
         """Claim a free stretch of `length` slots, or the longest there is."""
@@ -53,16 +59,20 @@ class SlotPool:
             return self._take_scattered(claim, count)
         self._used[start:end] = True
         claim.cursor = end
+        if count:
+            self._note(claim, range(start, end))
         self.free -= count
         return np.arange(start, end, dtype=np.int64)
 
     def take_one(self, claim: Claim) -> int:
-        """Take one slot, the next of the claim if that is free."""
-        slot = claim.cursor
-        if slot >= claim.end or self._taken[slot]:
+        """Take one slot, the first of the claim that is free."""
+        slot = self._taken.find(0, claim.cursor, claim.end)
+        if slot < 0:
             return int(self.take(claim, 1)[0])
         self._taken[slot] = True
         claim.cursor = slot + 1
+        if slot >= claim.written or self._strayed:
+            self._note(claim, (slot,))
         self.free -= 1
         return slot
 
@@ -71,10 +81,21 @@ class SlotPool:
         assert self._taken[slot], "a slot is freed once"
         self._taken[slot] = False
         self.free += 1
-        cursor = claim.cursor
-        while cursor > claim.start and not self._taken[cursor - 1]:
-            cursor -= 1
-        claim.cursor = cursor
+        if claim.start <= slot < claim.cursor:
+            claim.cursor = slot
+
+    def wrote(self, claim: Claim, slots: NDArray[np.int64]) -> bool:
+        """Tell whether it was the holder of `claim` who last took each of some slots, freed or not."""
+        if not len(slots):
+            return True
+        inside = claim.start <= int(slots[0]) and int(slots[-1]) < claim.written  # they are ascending
+        return inside and self._strayed.isdisjoint(slots.tolist() if self._strayed else ())
+
+    def _note(self, claim: Claim, slots: Sequence[int]) -> None:
+        """Note that the holder of a claim writes to slots of it, the highest of them last."""
+        claim.written = max(claim.written, slots[-1] + 1)
+        if self._strayed:
+            self._strayed.difference_update(slots)
 
     def _take_scattered(self, claim: Claim, count: int) -> NDArray[np.int64]:
         """Take what is left of the claim, then unclaimed slots, then any."""
@@ -86,9 +107,11 @@ class SlotPool:
         taken = np.concatenate([own, open_, np.flatnonzero(others)])[:count]
         self._used[taken] = True
         self.free -= count
-        last = taken[(taken >= claim.start) & (taken < claim.end)]
-        if len(last):
-            claim.cursor = max(claim.cursor, int(last.max()) + 1)
+        own, strays = np.split(taken, [min(len(own), count)])
+        if len(own):
+            claim.cursor = max(claim.cursor, int(own[-1]) + 1)
+            self._note(claim, own.tolist())
+        self._strayed.update(strays.tolist())
         return taken.astype(np.int64)
 
     @staticmethod

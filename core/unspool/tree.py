@@ -13,27 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from unspool.chain import Chain
+
 NONE = -1
-
-
-class _Ids:
-    """Token ids of a path, growing at its end; nodes of one chain share it, and a fork copies it."""
-
-    __slots__ = ("array", "filled")
-
-    def __init__(self, array: NDArray[np.int64], filled: int) -> None:
-        self.array, self.filled = array, filled
-
-    def extended(self, at: int, token: int) -> _Ids:
-        """Put `token` at index `at`, here if that place is free, else in a copy."""
-        home = self
-        if self.filled != at or at == len(self.array):
-            array = np.empty(max(at + 16, 2 * at), dtype=np.int64)
-            array[:at] = self.array[:at]
-            home = _Ids(array, at)
-        home.array[at] = token
-        home.filled = at + 1
-        return home
 
 
 class Tree:
@@ -53,7 +35,7 @@ class Tree:
         self.text: list[Any] = []
         """State of the text after the node, for stop strings; None where nobody asks."""
         self._count: list[int] = []
-        self._ids: list[_Ids] = []
+        self._ids: list[Chain] = []
         self._prompt: list[int] = []
         self._child: dict[int, int] = {}
         self._unused: list[int] = []
@@ -62,7 +44,7 @@ class Tree:
 
     def root(self, prompt_ids: Sequence[int]) -> int:
         """Make the node at the end of a prompt. The caller counts on it."""
-        ids = _Ids(np.array(prompt_ids, dtype=np.int64), len(prompt_ids))
+        ids = Chain(np.array(prompt_ids, dtype=np.int64), len(prompt_ids))
         return self._new(NONE, prompt_ids[-1], 0, ids, len(prompt_ids))
 
     def child(self, parent: int, token: int) -> int | None:
@@ -115,7 +97,7 @@ class Tree:
     def __len__(self) -> int:
         return len(self.parent) - len(self._unused) - len(self._freed)
 
-    def _new(self, parent: int, token: int, length: int, ids: _Ids, prompt: int) -> int:
+    def _new(self, parent: int, token: int, length: int, ids: Chain, prompt: int) -> int:
         if self._unused:
             node = self._unused.pop()
             self.parent[node], self.token[node], self.length[node] = parent, token, length
@@ -136,8 +118,7 @@ class Tree:
         at = self._prompt[node] + self.length[node] - 1
         if parent != NONE:
             del self._child[parent << 32 | self.token[node]]
-            if ids.filled == at + 1:  # the last of its chain: the place may be written again
-                ids.filled = at
+            ids.shortened(at)
         self.states[node], self.text[node] = (), None
         self._on_free(node)
         self._freed.append(node)

@@ -132,6 +132,44 @@ def test_every_node_of_a_tree_sees_its_own_path_alone(arch: str) -> None:
 
 
 @every_architecture
+@pytest.mark.parametrize("count", [2, 40])
+@pytest.mark.parametrize("spoilt", [False, True])
+def test_a_view_may_have_holes_whatever_they_hold(arch: str, count: int, spoilt: bool) -> None:
+    """Siblings below one prompt, with a slot between any two of them that nobody sees: few siblings, or many."""
+    runner = runner_of(arch)
+    runner.allocate(9 + 2 * count)
+    prompt, nodes = tokens_of(0, 9), tokens_of(1, count)
+    Feeder(runner, [prompt], [range(9)]).feed([9])
+    slots = 9 + 2 * np.arange(count)
+    if spoilt:
+        pool = runner._pool
+        assert pool is not None
+        pool.look_at(torch.full((1, 4), torch.nan))
+        for group, _ in pool.places:
+            group.keys[..., slots + 1, :] = torch.nan
+            group.values[..., slots + 1, :] = torch.nan
+    mask = np.zeros((count, 9 + 2 * count), dtype=np.bool_)
+    mask[:, :9] = True
+    mask[np.arange(count), slots] = True
+    span = Span(0, count, slice(0, 9 + 2 * count), mask)
+    logits = runner.forward(Batch(nodes, np.full(count, 9), slots, [span], np.arange(count))).logits
+    for row, node in zip(logits, nodes, strict=True):
+        torch.testing.assert_close(row, alone(arch, [*prompt, node]).logits[0, -1], **CLOSE)
+
+
+def test_a_runner_notes_that_a_pass_gave_nan() -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[5] = torch.nan
+    runner = HuggingFaceRunner(model)
+    runner.allocate(8)
+    assert runner._pool is not None
+    for token, spoilt in ((4, False), (5, True), (4, True)):
+        runner.forward(Batch(np.array([token]), *_chain(1)[:2], _chain(1)[2], np.array([0])))
+        assert runner._pool.spoilt == spoilt
+
+
+@every_architecture
 def test_a_token_that_is_run_again_in_its_slot_gives_the_same_logits(arch: str) -> None:
     runner = runner_of(arch)
     runner.allocate(32)

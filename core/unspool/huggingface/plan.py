@@ -22,6 +22,8 @@ from unspool.runner import Batch, Span
 # On a CPU a call costs about as much as copying a context of so many bytes; longer contexts are read where they are.
 _WORTH_COPYING = 320 * 1024
 _FEWEST_TOGETHER = 4
+# A key that several tokens and heads share is read once for so many of them: beyond it, heads go side by side.
+_FEW_ROWS = 64
 
 
 class Plan:
@@ -44,7 +46,7 @@ class Plan:
         self._turn += 1
         share = self._shares.get(group)
         if share is None:
-            share = self._shares[group] = _Share(group, self._pool, self._batch)
+            share = self._shares[group] = _Share(group, self._pool, self._batch, call.query.shape[1])
         share.write(row, call.key, call.value)
         get = call.settings.get
         return share.attend(row, _Queries(group, call.query, get("scaling"), get("softcap"), get("s_aux")))
@@ -54,7 +56,7 @@ class _Queries:
     """One layer's queries and how they score keys.
 
     The heads of a group share one key head. They are shown in two ways, so that no key is ever repeated: as rows of one
-    product, where a span has one token; as heads over an expanded view of their keys, where it has several.
+    product, where a span has few tokens; as heads over an expanded view of their keys, where it has many.
     """
 
     __slots__ = ("by_head", "by_token", "scaling", "shape", "sinks", "softcap")
@@ -79,12 +81,20 @@ class _Queries:
     def of_span(self, tokens: range, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         """Attend tokens that share one context, `[1, kv heads, length, width]`.
 
-        Without a mask, one token sees all of it, and several tokens are the context, each seeing those up to itself.
+        Without a mask, one token sees all of it, and several tokens are the context, each seeing those up to itself. A
+        mask that stands there once for each head of a group asks for the heads as rows of one product.
         """
         if len(tokens) == 1:
             return self.of_many(self.by_token.narrow(0, tokens.start, 1), keys, values, mask)
-        shape = (-1, self.by_head.shape[1], -1, -1)
+        group = self.by_head.shape[1]
         queries = self.by_head.narrow(2, tokens.start, len(tokens))
+        if mask is not None and len(mask) == group * len(tokens):
+            if self.softcap is None and self.sinks is None:
+                flat = queries.reshape(1, len(queries), -1, queries.shape[3])
+                output = scaled_dot_product_attention(flat, keys, values, mask, scale=self.scaling)
+                return output.view(*queries.shape[:3], -1).permute(2, 0, 1, 3)
+            mask = mask[: len(tokens)]
+        shape = (-1, group, -1, -1)
         keys, values = keys[0].unsqueeze(1).expand(shape), values[0].unsqueeze(1).expand(shape)
         if self.softcap is None and self.sinks is None:
             causal = mask is None
@@ -177,8 +187,9 @@ def _picked(group: Group, row: int, index: Tensor, contexts: int) -> tuple[Tenso
 class _Share:
     """What a pass does in the layers of one group."""
 
-    def __init__(self, group: Group, pool: Pool, batch: Batch) -> None:
+    def __init__(self, group: Group, pool: Pool, batch: Batch, heads: int) -> None:
         self._group, self._pool, self._batch = group, pool, batch
+        self._heads = heads // group.layer.kv_heads
         first, count = int(batch.slots[0]), len(batch.slots)
         self._slots: Tensor | None = None
         if np.array_equal(batch.slots, np.arange(first, first + count)):
@@ -238,6 +249,9 @@ class _Share:
     def _alone(self, span: Span) -> _View | _Pick:
         length, window, context = span.context_length, self._group.layer.window, span.context
         seen = span.mask
+        if seen is not None and isinstance(context, slice) and self._pool.spoilt:
+            used = seen.any(axis=0)  # what nobody sees may be NaN, and NaN times nothing is NaN
+            context, seen = np.flatnonzero(used) + context.start, seen[:, used]
         if seen is not None and window is not None:
             own = self._batch.positions[span.start : span.start + span.count]
             seen = seen & (own[:, None] - self._pool.positions[context][None, :] < window)
@@ -246,6 +260,8 @@ class _Share:
             context = _cut(context, first)
             if span.count > 1 and (length > span.count or span.count > self._seen(span)):
                 seen = _chain(span.count, length - first, window)
+        if seen is not None and span.mask is not None and span.count * self._heads <= _FEW_ROWS:
+            seen = np.tile(seen, (self._heads, 1))
         mask = None if seen is None else self._mask(seen)
         tokens = range(span.start, span.start + span.count)
         if not isinstance(context, slice):

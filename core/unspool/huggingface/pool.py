@@ -71,6 +71,16 @@ class Pool:
         groups = {layer: Group(layer, layers.count(layer), slots, device) for layer in dict.fromkeys(layers)}
         self.places = [(groups[layer], layers[:number].count(layer)) for number, layer in enumerate(layers)]
         """Layer -> its group, and its row there."""
+        self._spoilt = torch.zeros((), dtype=torch.bool, device=device)
+
+    def look_at(self, logits: Tensor) -> None:
+        """Note whether a row of a pass, `[m, vocab]`, is NaN: so may its keys and values be, wherever they lie."""
+        self._spoilt |= logits[:, 0].isnan().any()
+
+    @property
+    def spoilt(self) -> bool:
+        """Tell whether some slot may hold NaN: then nothing may be read that is not seen, not even to be masked."""
+        return bool(self._spoilt)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

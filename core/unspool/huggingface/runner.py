@@ -125,6 +125,7 @@ class HuggingFaceRunner:
                 logits_to_keep=self._tensor(batch.wanted),
                 unspool=Plan(self._pool, batch),
             )
+        self._pool.look_at(output.logits[0])
         return Output(output.logits[0], hidden)
 
     @torch.inference_mode()

@@ -268,7 +268,7 @@ def check_conservation(loop: Loop) -> None:
         pool = lane.cache.pool
         assert pool.free == pool.size, f"{pool.size - pool.free} slots are left"
         assert not pool._claimed.any(), "claims are left"
-        assert not lane.slot and not lane._owner and not lane._segments, "nodes of a lane are left"
+        assert not lane.slot and not lane._owner and not lane._trails, "nodes of a lane are left"
 
 
 def request(

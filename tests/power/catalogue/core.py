@@ -6,6 +6,7 @@ from power.fault import Fault, fault
 from power.plugins import Rationed
 from power.slips import edit
 from unspool import decide, grow, handle, noise, pipeline, plugin, rounds
+from unspool.chain import Chain
 from unspool.decide import Decider, FirstStands
 from unspool.forward import Forward
 from unspool.group import Group
@@ -13,7 +14,7 @@ from unspool.lane import Lane, _Packing
 from unspool.lifecycle import Lifecycle
 from unspool.schedule import Scheduler
 from unspool.step import Step
-from unspool.tree import Tree, _Ids
+from unspool.tree import Tree
 
 HOOKS = (
     fault(
@@ -301,19 +302,19 @@ SLOTS = (
         "a fork writes into the path of its sibling",
         "kit_search",
         "cache_equals_recompute",
-        edit(_Ids.extended, "if self.filled != at or at == len(self.array):", "if at == len(self.array):"),
+        edit(Chain.extended, "if self.filled != at or at == len(self.array):", "if at == len(self.array):"),
     ),
     fault(
         "a path is read where it lay before the request lost its slots",
         "kit_greedy",
         "cache_equals_recompute",
-        edit(Lane.leave, "self._segments.pop(live.root, None)", "pass"),
+        edit(Lane.leave, "self._trails.pop(live.root, None)", "pass"),
     ),
     fault(
         "a freed node leaves the slots of its path behind",
         "kit_greedy",
         "cache_equals_recompute",
-        edit(Lane.free, "self._segments.pop(node, None)", "pass"),
+        edit(Lane.free, "self._trails.pop(node, None)", "pass"),
     ),
     fault(
         "a prompt in pieces counts its positions from each piece",
