@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import itertools
 import json
 import re
 import sys
@@ -62,6 +63,22 @@ Without claims a search is held to almost nothing that is its own: give it `text
 and `exhaustive`. Beam search (`strategies/beam/unspool_beam/claims.py`) is an example. Equal scores are told apart in
 one way: rows keep the order in which `select` grew them, and texts of equal score the order in which they ended. Texts
 of searches are compared on tables in which no two paths agree, so that rounding never decides."""
+REQUIRED: dict[str, dict[str, Any]] = {
+    "bad_words": {"sequences": [[0]]},
+    "begin_suppress_tokens": {"token_ids": [0]},
+    "constrained_beam": {"phrases": [[0]]},
+    "contrastive_decoding": {"layers": 1},
+    "dola": {"layers": [1]},
+    "exponential_decay_length_penalty": {"start": 1, "factor": 1.1},
+    "forced_bos": {"token_ids": [0]},
+    "forced_eos": {"token_ids": [0]},
+    "green_list": {"key": 1},
+    "logit_bias": {"biases": {0: 1.0}},
+    "sequence_bias": {"sequences": [[[0], 1.0]]},
+    "suppress_tokens": {"token_ids": [0]},
+    "tournament": {"key": 1},
+}
+"""Plugin -> what it has no default for."""
 NOTE = "<!-- Written by docs/generate.py from the code. Change the code, then run `make docs`. -->"
 
 
@@ -263,26 +280,32 @@ def _parameters(plugin: type[Plugin]) -> Iterator[list[str]]:
 
 
 def _refused() -> str:
-    """Ask every strategy with every other plugin, at their defaults, and write down who refuses whom."""
-    built = [plugin for entry in workspace() if (plugin := _at_defaults(entry)) is not None]
+    """Ask every plugin about every other, and write down who refuses whom. Two that are no strategies meet in greedy."""
+    built = [_by_default(entry) for entry in workspace()]
+    strategies = [plugin for plugin in built if hasattr(plugin, "select")]
+    others = [plugin for plugin in built if not hasattr(plugin, "select")]
+    greedy = next(plugin for plugin in strategies if plugin.name == "greedy")
+    pairs: list[tuple[Plugin, tuple[Plugin, ...]]] = [
+        (strategy, (other,)) for strategy in strategies for other in others
+    ]
+    pairs += [(greedy, pair) for pair in itertools.permutations(others, 2)]
     rows = []
-    for strategy in (plugin for plugin in built if hasattr(plugin, "select")):
-        for plugin in built:
-            if plugin is strategy or hasattr(plugin, "select"):
-                continue
-            try:
-                Pipeline(strategy, [plugin])
-            except ConfigError as error:
-                rows.append([f"`{strategy.name}`", f"`{plugin.name}`", "; ".join(p.message for p in error.problems)])
-    said = "A pipeline has one strategy: a second one is refused. "
-    said += "Each pair of a strategy and a plugin below was asked, at the defaults."
-    return f"{said}\n\n" + (table(["strategy", "plugin", "reason"], rows) if rows else "No pair is refused.")
+    for strategy, plugins in pairs:
+        try:
+            Pipeline(strategy, plugins)
+        except ConfigError as error:
+            one, other = [strategy, *plugins][-2:]
+            rows.append([f"`{one.name}`", f"`{other.name}`", "; ".join(p.message for p in error.problems)])
+    count = len(built) * (len(built) - 1) // 2
+    said = (
+        "A pipeline has one strategy: a second one is refused. All other pairs of the plugins on this page were asked, "
+    )
+    said += f"{count} with those of strategies, in both orders, each plugin at its defaults."
+    return f"{said}\n\n" + (table(["plugin", "beside", "reason"], rows) if rows else "No pair is refused.")
 
 
-def _at_defaults(entry: Entry) -> Plugin | None:
-    if any(field.is_required() for field in entry.plugin.Params.model_fields.values()):
-        return None
-    plugin = entry.plugin(entry.plugin.Params())
+def _by_default(entry: Entry) -> Plugin:
+    plugin = entry.plugin(entry.plugin.Params.model_validate(REQUIRED.get(entry.name, {})))
     plugin.name = entry.name
     return plugin
 

@@ -35,6 +35,7 @@ PLUGINS = {meaning.plugin for meaning in FIELDS.values() if isinstance(meaning, 
 pytestmark = pytest.mark.skipif(not PLUGINS <= {e.name for e in REGISTRY}, reason="needs unspool-sample and -penalties")
 
 VALUES: dict[str, Any] = {
+    "guidance_scale": 1.5,
     "sequence_bias": [[[5, 6], -2.0]],
     "repetition_penalty": 1.3,
     "no_repeat_ngram_size": 3,
@@ -105,6 +106,7 @@ def test_the_plugins_stand_in_the_order_of_transformers_processors() -> None:
         "norepeatngram": "no_repeat_ngram",
         "nobadwords": "bad_words",
         "suppresstokensatbegin": "begin_suppress_tokens",
+        "unbatchedclassifierfreeguidance": "guidance",
     }
     theirs_names = [type(p).__name__.removesuffix("LogitsProcessor").removesuffix("LogitsWarper") for p in theirs]
     ours = [words.get(n.lower(), n.lower()).replace("_", "").replace("token", "") for n in theirs_names]
@@ -169,10 +171,10 @@ def test_another_drawing_strategy_keeps_the_model_s_samplers() -> None:
 
 def test_what_a_model_asks_for_and_cannot_have_is_a_note_and_no_error() -> None:
     found = resolved(
-        {"guidance_scale": 2.0, "token_healing": True, "own_field": 1, "do_sample": True, "temperature": -3.0}
+        {"dola_layers": "low", "token_healing": True, "own_field": 1, "do_sample": True, "temperature": -3.0}
     )
     text = "\n".join(found.notes)
-    for name in ("guidance_scale", "token_healing", "own_field", "temperature"):
+    for name in ("dola_layers", "token_healing", "own_field", "temperature"):
         assert name in text
     assert names(found) == ["top_k"]
 
@@ -200,6 +202,37 @@ def test_beams_choose_the_beam_strategy_where_it_is_installed() -> None:
         resolve_request(without, Request(prompt="x"))
 
 
+@pytest.mark.parametrize(
+    ("keywords", "strategy"),
+    [
+        ({"penalty_alpha": 0.6, "top_k": 4}, {"contrastive_search": {"top_k": 4, "alpha": 0.6}}),
+        ({"penalty_alpha": 0.6}, {"contrastive_search": {"top_k": 50, "alpha": 0.6}}),
+        ({"penalty_alpha": 0.6, "top_k": 1}, {"greedy": {}}),
+        ({"penalty_alpha": 0.6, "top_k": 4, "do_sample": True}, {"sample": {}}),
+        (
+            {"num_beams": 6, "num_beam_groups": 3, "diversity_penalty": 0.5, "early_stopping": True},
+            {
+                "diverse_beam": {
+                    "width": 6,
+                    "groups": 3,
+                    "diversity": 0.5,
+                    "early_stopping": True,
+                    "penalized_scores": True,
+                }
+            },
+        ),
+        ({"num_beams": 6, "num_beam_groups": 1}, {"beam": {"width": 6}}),
+    ],
+)
+def test_keywords_that_transformers_threw_out_choose_the_strategies_of_ours(
+    keywords: dict[str, Any], strategy: dict[str, Any]
+) -> None:
+    found, _ = called({}, **keywords)
+    ((name, params),) = strategy.items()
+    assert found.strategy == PluginSpec(name, params)
+    assert resolved(keywords).strategy.name == name
+
+
 def test_keywords_of_generate_override_the_model_s_and_keep_its_order() -> None:
     model = {"do_sample": True, "temperature": 0.6, "top_p": 0.9}
     found, missing = called(model, temperature=0.3, bad_words_ids=[[3]], max_new_tokens=7)
@@ -224,8 +257,8 @@ def test_a_default_of_transformers_does_not_override_what_the_user_s_config_name
 
 
 def test_what_generate_would_ignore_or_we_cannot_do_is_listed() -> None:
-    _, missing = called({}, temperature=0.5, streamer=object(), guidance_scale=3.0, use_cache=True)
-    assert [line.partition(":")[0] for line in missing] == ["streamer", "guidance_scale", "temperature"]
+    _, missing = called({}, temperature=0.5, streamer=object(), dola_layers=[2], use_cache=True)
+    assert [line.partition(":")[0] for line in missing] == ["streamer", "dola_layers", "temperature"]
 
 
 def test_an_unknown_keyword_names_the_nearest() -> None:

@@ -21,7 +21,7 @@ from unspool.spec import nearest
 
 SOURCE = "the model's generation config"
 """What values of the lowest layer name as their source."""
-DETERMINISTIC = frozenset({"greedy", "beam", "diverse_beam", "contrastive"})
+DETERMINISTIC = frozenset({"greedy", "beam", "diverse_beam", "constrained_beam", "contrastive_search"})
 """Strategies that transformers runs without `do_sample`, so without its samplers."""
 
 _NEUTRAL_IF_ONE = (1, 1.0)
@@ -85,6 +85,7 @@ def _sampler(plugin: str, param: str, off: Callable[[Any], bool], **fixed: Any) 
 
 FIELDS: Mapping[str, Meaning] = {
     # Plugins, in the order in which transformers applies them.
+    "guidance_scale": AsPlugin("guidance", lambda value: {"scale": value}, lambda value: value == 1),
     "sequence_bias": AsPlugin("sequence_bias", lambda value: {"sequences": _sequence_biases(value)}),
     "repetition_penalty": AsPlugin("repetition_penalty", lambda value: {"penalty": value}, lambda value: value == 1),
     "no_repeat_ngram_size": AsPlugin("no_repeat_ngram", lambda value: {"n": value}, lambda value: value == 0),
@@ -111,6 +112,9 @@ FIELDS: Mapping[str, Meaning] = {
     "num_beams": AsSetting("strategy"),
     "length_penalty": AsSetting("strategy"),
     "early_stopping": AsSetting("strategy"),
+    "num_beam_groups": AsSetting("strategy"),
+    "diversity_penalty": AsSetting("strategy"),
+    "penalty_alpha": AsSetting("strategy"),
     "max_length": AsSetting("limits.max_length"),
     "max_new_tokens": AsSetting("limits.max_new_tokens"),
     "min_length": AsSetting("limits.min_length"),
@@ -152,19 +156,15 @@ FIELDS: Mapping[str, Meaning] = {
     # Not honoured.
     "remove_invalid_values": Unsupported("a row with NaN fails its request and names who made it", (False,)),
     "token_healing": Unsupported("the prompt is used as it is", (False,)),
-    "guidance_scale": Unsupported("name a guidance plugin, which takes the negative prompt too", _NEUTRAL_IF_ONE),
-    "watermarking_config": Unsupported("name a watermark plugin"),
+    "watermarking_config": Unsupported("name the plugin green_list or tournament, whose keys are their own"),
     "assistant_ensemble_weight": Unsupported("it would change what is drawn; speculation here never does"),
     "output_attentions": Unsupported("attention weights are not returned", (False,)),
     "output_hidden_states": Unsupported("hidden states are for plugins and are not returned", (False,)),
     "encoder_repetition_penalty": Unsupported(_ENCODER, _NEUTRAL_IF_ONE),
     "encoder_no_repeat_ngram_size": Unsupported(_ENCODER, (0,)),
-    "penalty_alpha": Unsupported(f"{_GONE}: choose the strategy contrastive", (0, 0.0)),
-    "dola_layers": Unsupported(f"{_GONE}: name a plugin for it"),
-    "num_beam_groups": Unsupported(f"{_GONE}: choose the strategy diverse_beam", (1,)),
-    "diversity_penalty": Unsupported(f"{_GONE}: choose the strategy diverse_beam", (0, 0.0)),
-    "constraints": Unsupported(f"{_GONE}: name a constraint plugin"),
-    "force_words_ids": Unsupported(f"{_GONE}: name a constraint plugin"),
+    "dola_layers": Unsupported(f"{_GONE}: name the plugin dola, with the numbers of the layers"),
+    "constraints": Unsupported(f"{_GONE}: choose the strategy constrained_beam, with the phrases"),
+    "force_words_ids": Unsupported(f"{_GONE}: choose the strategy constrained_beam, with the phrases"),
 }
 """Every field of transformers' GenerationConfig, 5.17 to 5.24."""
 
@@ -180,8 +180,8 @@ ARGUMENTS: Mapping[str, Meaning] = {
     "stopping_criteria": Unsupported("wrap each criterion as a plugin"),
     "prefix_allowed_tokens_fn": Unsupported("write it as a constraint plugin"),
     "streamer": Unsupported("use engine.stream"),
-    "negative_prompt_ids": Unsupported("name a guidance plugin, which takes the negative prompt"),
-    "negative_prompt_attention_mask": Unsupported("name a guidance plugin, which takes the negative prompt"),
+    "negative_prompt_ids": Unsupported("name the plugin guidance, with negative_prompt"),
+    "negative_prompt_attention_mask": Unsupported("name the plugin guidance, with negative_prompt"),
     "custom_generate": Unsupported("write a strategy"),
     "inputs": Unsupported("give the prompt as token ids"),
     "input_ids": Unsupported("give the prompt as token ids"),
@@ -279,7 +279,7 @@ def from_generate_kwargs(
     own = {name: value for name, value in (generation or {}).items() if value is not None}
     data: dict[str, Any] = _settings(given)
     drawn = bool({**own, **given}.get("do_sample", False))
-    if given.keys() & {"do_sample", "num_beams", "length_penalty", "early_stopping"}:
+    if any(FIELDS.get(name) == AsSetting("strategy") for name in given):
         data["strategy"], drawn = _strategy({**own, **given}, missing)
     fields = dict(given)
     if "do_sample" in given and drawn:
@@ -300,14 +300,19 @@ def _layer(source: str, data: Mapping[str, Any], registry: Registry, notes: Sequ
 def _strategy(given: Mapping[str, Any], notes: list[str]) -> tuple[Any, bool]:
     """Choose the strategy as `generate()` does, and tell whether samplers act under it."""
     drawn = bool(given.get("do_sample", False))
-    width = given.get("num_beams", 1)
+    width, alpha, candidates = given.get("num_beams", 1), given.get("penalty_alpha", 0), given.get("top_k", _HF_TOP_K)
     if width == 1:
+        if alpha and candidates > 1 and not drawn:
+            return {"contrastive_search": {"top_k": candidates, "alpha": alpha}}, False
         return ("sample" if drawn else "greedy"), drawn
     if drawn:
         notes.append("do_sample: beams are not sampled; they are searched")
     beam: dict[str, Any] = {"width": width}
     beam |= {name: given[name] for name in ("length_penalty", "early_stopping") if name in given}
-    return {"beam": beam}, False
+    if given.get("num_beam_groups", 1) == 1:
+        return {"beam": beam}, False
+    groups = {"groups": given["num_beam_groups"], "diversity": given.get("diversity_penalty", 0.0)}
+    return {"diverse_beam": beam | groups | {"penalized_scores": True}}, False
 
 
 def _without(data: Mapping[str, Any], fields: set[str]) -> dict[str, Any]:

@@ -1,0 +1,151 @@
+"""Contrastive search: of the likeliest tokens, take one that does not say again what was said.
+
+Every token's candidates are the k likeliest. Each is run, and scored by its probability less its likeness to what
+stands before it: the largest cosine between its hidden state and those of all earlier tokens, the prompt's included.
+The best one is chosen, so that text does not run into the loops of greedy decoding, and no chance is involved.
+
+    V      =  the k tokens of largest p(v | x), without those of probability 0
+    token  =  argmax over v in V of  (1 - alpha) p(v | x)  -  alpha max over j of cos(h[v], h[x_j])    (Su et al. 2022)
+
+p is the softmax of the transformed logits; h is the hidden state after the final norm. In equal scores the likelier
+candidate wins, and of equally likely ones the lowest token id. With k = 1 or alpha = 0 it is greedy decoding.
+
+Costs one forward pass of k rows a token, and one pass more at the end of the text: a row is held while its candidates
+run below it as drafts, and the chosen one has run already when it becomes a row. The likeness takes k products with
+the hidden states of the whole path, which are stored beside keys and values.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from unspool.errors import InputError
+from unspool.hooks import Growth
+from unspool.plugin import Parameters, Plugin, hookimpl
+
+if TYPE_CHECKING:
+    from unspool.request import PreparedRequest
+    from unspool.step import Drafts, Step
+
+LAST = -1
+"""The layer that likeness is measured in: after the final norm."""
+
+
+class ContrastiveSearch(Plugin):
+    """Hold each row until its candidates have run, then grow it by the one that repeats least for its probability."""
+
+    row_local = True
+    holds = True
+    hidden = (LAST,)
+    path_hidden = (LAST,)
+
+    class Params(Parameters):
+        """How many candidates, and how much likeness counts."""
+
+        main: ClassVar[str | None] = "top_k"
+        top_k: int = Field(4, ge=1, le=1024, description="Candidates for each token; 1 is greedy decoding.")
+        alpha: float = Field(
+            0.6, ge=0, le=1, description="Weight of the likeness against the probability; 0 is greedy decoding."
+        )
+
+    def start(self, request: PreparedRequest) -> int:
+        """Begin with one branch: there is one text."""
+        if request.n > 1:
+            raise InputError("n", request.n, "1: contrastive search draws nothing, so it has a single text")
+        return 1
+
+    @hookimpl
+    def select(self, step: Step, logits: Tensor) -> Growth:
+        """Choose where the candidates have run; hang them where they have not."""
+        if self.params.top_k == 1 or self.params.alpha == 0:  # nothing depends on what follows
+            return Growth(row=torch.arange(len(logits), device=logits.device), token=logits.argmax(dim=-1))
+        drafts = step.drafts(self)
+        fresh = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+        fresh[drafts.row] = False
+        self._look(step, logits, fresh.nonzero().squeeze(1))
+        return self._choose(step, logits, drafts)
+
+    def _look(self, step: Step, logits: Tensor, rows: Tensor) -> None:
+        """Hang the candidates of `rows` below them, best first."""
+        if not len(rows):
+            return
+        logits = logits[rows]
+        tokens = likeliest(logits, self._most(logits))
+        # What is forbidden is no candidate: it would be chosen for being unlike everything else.
+        possible = _probability(logits, tokens) > 0
+        parents = step.node[rows].unsqueeze(1).expand_as(tokens)
+        step.draft(parents[possible], tokens[possible])
+
+    def _choose(self, step: Step, logits: Tensor, drafts: Drafts) -> Growth:
+        """Grow each row whose candidates have run by the best of them."""
+        ran = drafts.ran.to(drafts.row.device)  # one that is impossible has not
+        row, token, node = drafts.row[ran], drafts.token[ran], drafts.node[ran]
+        if not len(row):
+            return Growth(row=row, token=token)
+        numbers = torch.arange(len(row), device=row.device)
+        place = numbers - torch.searchsorted(row, row)  # among the candidates of its row, which are adjacent
+        shape = len(logits), self._most(logits)
+        hidden = step.hidden(LAST, node).to(logits)
+        candidates = hidden.new_zeros((*shape, hidden.shape[-1]))
+        candidates[row, place] = hidden
+        likeness = nearest(candidates, *step.path_hidden(LAST))[row, place]
+        confidence = _probability(logits[row], token.unsqueeze(1)).squeeze(1)
+        scores = logits.new_full(shape, -torch.inf)
+        scores[row, place] = (1 - self.params.alpha) * confidence - self.params.alpha * likeness
+        tokens = token.new_zeros(shape)
+        tokens[row, place] = token
+        ready = row[place == 0]
+        return Growth(row=ready, token=tokens[ready, scores.argmax(dim=-1)[ready]])
+
+    def _most(self, logits: Tensor) -> int:
+        """Say how many candidates a row has at most."""
+        top_k: int = self.params.top_k
+        return min(top_k, logits.shape[-1])
+
+
+def nearest(candidates: Tensor, path: Tensor, there: Tensor) -> Tensor:
+    """Give the largest cosine between each candidate's hidden state and those of a path.
+
+    Each cosine is a sum of products, not an entry of a matrix product: its bits depend on nothing else, so that
+    candidates with equal hidden states tie, whatever else is in the batch.
+
+    Args:
+        candidates: `[rows, k, width]`.
+        path: `[rows, longest, width]`.
+        there: `[rows, longest]` bool, False where a path is padded.
+
+    Returns:
+        `[rows, k]`.
+    """
+    candidates, path = normalize(candidates, dim=-1), normalize(path.to(candidates), dim=-1)
+    cosines = torch.stack([(path * each.unsqueeze(1)).sum(dim=-1) for each in candidates.unbind(1)], dim=-1)
+    return cosines.masked_fill(~there.unsqueeze(-1), -torch.inf).amax(dim=1)
+
+
+def likeliest(logits: Tensor, count: int) -> Tensor:
+    """Find the tokens of the largest logits of each row, of equal ones the lowest ids (`topk` alone may take any).
+
+    Args:
+        logits: `[rows, vocab]`; a NaN is as low as can be.
+        count: how many, at most `vocab`.
+
+    Returns:
+        `[rows, count]` int64, likeliest first.
+    """
+    logits = logits.masked_fill(logits.isnan(), -torch.inf)
+    last = logits.topk(count, dim=-1).values[:, -1:]
+    sure, level = logits > last, logits == last
+    fits = level.cumsum(dim=-1) <= count - sure.sum(dim=-1, keepdim=True)
+    tokens = (sure | (level & fits)).nonzero()[:, 1].view(len(logits), count)
+    order = logits.gather(1, tokens).argsort(dim=-1, descending=True, stable=True)
+    return tokens.gather(1, order)
+
+
+def _probability(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Give the probabilities of `tokens` `[n, k]` in the softmax of `logits` `[n, vocab]`; NaN in dead rows."""
+    return (logits.gather(1, tokens) - logits.logsumexp(dim=-1, keepdim=True)).exp()

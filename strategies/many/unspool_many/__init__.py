@@ -1,0 +1,1 @@
+"""Strategies that draw many texts: best of n, self-consistency, minimum Bayes risk, particles."""

@@ -1,0 +1,166 @@
+"""Faults in decoding by contrast."""
+
+from __future__ import annotations
+
+from power.fault import Fault, fault
+from power.slips import edit
+from unspool_contrastive.contrast import contrast
+from unspool_contrastive.decoding import ContrastiveDecoding
+from unspool_contrastive.dola import Dola, divergence
+from unspool_contrastive.guidance import Guidance
+from unspool_contrastive.search import ContrastiveSearch, nearest
+
+FAULTS: tuple[Fault, ...] = (
+    fault(
+        "contrastive search compares candidates with the padding of shorter paths",
+        "contrastive_search",
+        "batch_invariance",
+        edit(nearest, "cosines.masked_fill(~there.unsqueeze(-1), -torch.inf)", "cosines"),
+    ),
+    fault(
+        "contrastive search compares a candidate with the path's mean, not with its nearest token",
+        "contrastive_search",
+        "reference",
+        edit(
+            nearest,
+            "cosines.masked_fill(~there.unsqueeze(-1), -torch.inf).amax(dim=1)",
+            "cosines.masked_fill(~there.unsqueeze(-1), 0.0).sum(dim=1) / there.sum(dim=1, keepdim=True)",
+        ),
+    ),
+    fault(
+        "contrastive search takes products of hidden states for cosines",
+        "contrastive_search",
+        "reference",
+        edit(
+            nearest,
+            "candidates, path = normalize(candidates, dim=-1), normalize(path.to(candidates), dim=-1)",
+            "path = path.to(candidates)",
+        ),
+    ),
+    fault(
+        "contrastive search measures the likeness of the row, not of its candidate",
+        "contrastive_search",
+        "reference",
+        edit(ContrastiveSearch._choose, "step.hidden(LAST, node)", "step.hidden(LAST)[row]"),
+    ),
+    fault(
+        "contrastive search takes logits for probabilities",
+        "contrastive_search",
+        "reference",
+        edit(
+            ContrastiveSearch._choose,
+            "confidence = _probability(logits[row], token.unsqueeze(1)).squeeze(1)",
+            "confidence = logits[row, token]",
+        ),
+    ),
+    fault(
+        "contrastive search puts the weight of the likeness on the probability",
+        "contrastive_search",
+        "reference",
+        edit(ContrastiveSearch._choose, "(1 - self.params.alpha) * confidence", "self.params.alpha * confidence"),
+    ),
+    fault(
+        "contrastive search counts the candidates of all rows as one row's",
+        "contrastive_search",
+        "batch_invariance",
+        edit(ContrastiveSearch._choose, "numbers - torch.searchsorted(row, row)", "numbers % self._most(logits)"),
+    ),
+    fault(
+        "contrastive search takes forbidden tokens for candidates",
+        "contrastive_search",
+        "reference",
+        edit(ContrastiveSearch._look, "> 0", ">= 0"),
+    ),
+    fault(
+        "a contrast keeps what is plausible by the sum of log-probabilities",
+        "dola",
+        "reference",
+        edit(contrast, "+ alpha.log()", "* alpha"),
+    ),
+    fault(
+        "a contrast takes the best token of all rows for that of a row",
+        "contrastive_decoding",
+        "batch_invariance",
+        edit(contrast, "logits.amax(dim=-1, keepdim=True)", "logits.amax()"),
+    ),
+    fault(
+        "contrastive decoding cools the expert's share of O'Brien's form",
+        "contrastive_decoding",
+        "reference",
+        edit(ContrastiveDecoding.logits_transform, "gain=1 + beta if", "gain=1 - beta if"),
+    ),
+    fault(
+        "contrastive decoding applies the amateur's temperature after its softmax",
+        "contrastive_decoding",
+        "reference",
+        edit(
+            ContrastiveDecoding.logits_transform,
+            "(step.companion(AMATEUR).to(logits) / temperature).log_softmax(dim=-1)",
+            "step.companion(AMATEUR).to(logits).log_softmax(dim=-1) / temperature",
+        ),
+    ),
+    fault(
+        "contrastive decoding takes the parameters of its first request for everybody's",
+        "contrastive_decoding",
+        "batch_invariance",
+        edit(
+            ContrastiveDecoding.logits_transform,
+            "step.values(self, field).to(logits)",
+            "step.values(self, field).to(logits)[:1]",
+        ),
+    ),
+    fault(
+        "DoLa chooses one layer for the whole batch",
+        "dola",
+        "batch_invariance",
+        edit(
+            Dola.logits_transform, "distance = divergence(final, early)", "distance = divergence(final, early).mean()"
+        ),
+    ),
+    fault(
+        "DoLa takes the layer that is nearest to the final one",
+        "dola",
+        "reference",
+        edit(Dola.logits_transform, "distance = divergence(final, early)", "distance = 1 - divergence(final, early)"),
+    ),
+    fault(
+        "DoLa measures layers against the logits that plugins before it left",
+        "dola",
+        "reference",
+        edit(Dola.logits_transform, "final = step.raw.to(logits)", "final = logits"),
+    ),
+    fault(
+        "a Jensen-Shannon divergence is half a Kullback-Leibler one",
+        "dola",
+        "reference",
+        edit(divergence, "(parts[0] + parts[1])", "parts[0]"),
+    ),
+    fault(
+        "guidance pushes away from logits, and spoils what is forbidden",
+        "guidance",
+        "reference",
+        edit(Guidance.logits_transform, "(said - negative)", "(logits - negative)"),
+    ),
+    fault(
+        "guidance adds the whole scale to a distribution that has one already",
+        "guidance",
+        "reference",
+        edit(Guidance.logits_transform, ".unsqueeze(-1) - 1)", ".unsqueeze(-1))"),
+    ),
+    fault(
+        "guidance reads its scale from the first request of the group",
+        "guidance",
+        "batch_invariance",
+        edit(
+            Guidance.logits_transform,
+            'step.values(self, "scale").to(logits).unsqueeze(-1)',
+            "self.params.scale",
+        ),
+    ),
+    fault(
+        "guidance without a negative prompt begins with the prompt's first token",
+        "guidance",
+        "reference",
+        edit(Guidance._negative_prompt, "request.prompt_ids[-1:]", "request.prompt_ids[:1]"),
+    ),
+)
