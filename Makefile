@@ -45,6 +45,7 @@ proof: $(STAMP)  ## Try every law on everything at length, and every planted fau
 bench: $(STAMP)  ## Compare with other engines
 	$(BIN)/python benchmarks/loop_cost.py
 	$(BIN)/python benchmarks/throughput.py
+	$(BIN)/python benchmarks/search.py --repeats 1
 
 docs: $(STAMP)  ## Generate what can be generated
 	$(BIN)/python docs/generate.py

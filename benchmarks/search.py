@@ -3,7 +3,7 @@
     python benchmarks/search.py [--dtypes float32,bfloat16] [--widths 4,8] [--prompts 128,1024] [--batches 1,8]
                                 [--new 32] [--repeats 3] [--contrastive] [--json OUT]
 
-Random prompts of one length (so that transformers pads nothing), end ids ignored, `early_stopping="never"` (so that both
+Random prompts of one length (transformers pads nothing), end ids ignored, `early_stopping="never"` (so that both
 run to the last token). Tokens are those returned: batch x new. The two sides take turns in one process; the figures are
 medians, the ratio is the median of the ratios of each pair.
 

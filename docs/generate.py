@@ -280,7 +280,7 @@ def _parameters(plugin: type[Plugin]) -> Iterator[list[str]]:
 
 
 def _refused() -> str:
-    """Ask every plugin about every other, and write down who refuses whom. Two that are no strategies meet in greedy."""
+    """Ask every plugin about every other, and write down who refuses whom. Two plugins meet in greedy."""
     built = [_by_default(entry) for entry in workspace()]
     strategies = [plugin for plugin in built if hasattr(plugin, "select")]
     others = [plugin for plugin in built if not hasattr(plugin, "select")]
