@@ -13,8 +13,9 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 
 from unspool.engine import Engine
-from unspool.errors import InputError, PluginError
+from unspool.errors import ConfigError, InputError, PluginError
 from unspool.hooks import Growth
+from unspool.huggingface.runner import HuggingFaceRunner
 from unspool.loop import Loop
 from unspool.pipeline import Pipeline
 from unspool.plugin import Companion, Parameters, Plugin, hookimpl
@@ -24,6 +25,7 @@ from unspool.request import Hypothesis, PreparedRequest, Request, Result
 from unspool.step import Step
 from unspool_sample.sample import Sample
 from unspool_testing.driver import alone, plugin, request
+from unspool_testing.networks import tiny_model
 from unspool_testing.table import TableModel
 
 VOCAB = 6
@@ -170,6 +172,38 @@ def test_a_width_must_be_a_number_of_branches(wide: Any) -> None:
     with pytest.raises(PluginError, match="widest"):
         loop.submit(request(Pipeline(plugin(Choosy, wide=wide)), (1,), max_new_tokens=3))
     assert not len(loop.tree)
+
+
+class Looks(Plugin):
+    """Look at a layer."""
+
+    row_local = True
+
+    class Params(Parameters):
+        layer: int
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params)
+        self.hidden = (params.layer,)
+
+    @hookimpl
+    def logits_transform(self, step: Step, logits: Tensor) -> None:
+        assert len(step.hidden(self.params.layer)) == len(logits)
+
+
+@pytest.mark.parametrize(("layer", "there"), [(0, True), (3, True), (4, False), (-4, True), (-5, False)])
+def test_a_layer_that_the_model_has_not_is_refused_before_it_can_hurt_others(layer: int, there: bool) -> None:
+    loop = Loop(HuggingFaceRunner(tiny_model("llama")), 40)
+    made = request(Pipeline(plugin(Sample), [plugin(Looks, layer=layer)]), (2, 3), max_new_tokens=3)
+    if not there:
+        with pytest.raises(ConfigError, match=f"looks: there is no layer {layer}: .* last is 3"):
+            loop.submit(made)
+        assert not len(loop.tree)
+        return
+    live = loop.submit(made)
+    while loop.busy:
+        loop.step()
+    assert live.result is not None and live.result.error is None
 
 
 def test_phrases_and_prompts_are_encoded_with_the_tokenizer_of_the_request() -> None:

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from unspool.errors import DeadEnd, InputError, PluginError
+from unspool.errors import ConfigError, DeadEnd, InputError, PluginError, Problem
 from unspool.lane import Lane
 from unspool.live import Branch, Live, logprob_list
+from unspool.pipeline import Pipeline
 from unspool.plugin import Plugin
 from unspool.request import Hypothesis, PreparedRequest, Result
 from unspool.schedule import Scheduler
@@ -41,12 +42,14 @@ class Lifecycle:
         Raises:
             AdmissionError: it can never run here.
             PluginError, InputError: one of its plugins does not let it begin.
+            ConfigError: a plugin wants a layer that the model has not.
         """
         pipeline = request.pipeline
         starts, widest = (_ask(pipeline.strategy, asked, request) for asked in ("start", "widest"))
         for asked, answer in (("start", starts), ("widest", widest)):
             if not isinstance(answer, int) or answer < 1:
                 raise PluginError(pipeline.strategy.name, asked, f"it must say how many branches, not {answer!r}")
+        self._check_layers(pipeline)
         lengths = {lane: len(prompt) for lane, prompt in self._scheduler.prompts(request).items()}
         if refusal := self._scheduler.refuse(request, lengths):
             raise refusal
@@ -67,6 +70,14 @@ class Lifecycle:
         self._main.cache.want(pipeline.path_hidden)
         self._scheduler.waiting.append(live)
         return live
+
+    def _check_layers(self, pipeline: Pipeline) -> None:
+        depth = self._main.cache.runner.layers
+        for plugin in pipeline.plugins:
+            for layer in (*plugin.hidden, *plugin.path_hidden):
+                if not -depth - 1 <= layer <= depth:
+                    reason = f"there is no layer {layer}: 0 is the embedding, and the model's last is {depth} (or -1)"
+                    raise ConfigError([Problem(plugin.name, reason)])
 
     def cancel(self, live: Live) -> None:
         """End a request now: its branches become hypotheses as they are, ranked after finished ones."""

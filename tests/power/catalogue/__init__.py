@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from power.catalogue import beam, core, kit, penalties, sampling
+from power.catalogue import beam, contrastive, core, kit, many, penalties, sampling
 from power.fault import Fault
 
-FAULTS: tuple[Fault, ...] = (*sampling.FAULTS, *penalties.FAULTS, *kit.FAULTS, *beam.FAULTS, *core.FAULTS)
+FAULTS: tuple[Fault, ...] = (
+    *sampling.FAULTS,
+    *penalties.FAULTS,
+    *beam.FAULTS,
+    *contrastive.FAULTS,
+    *many.FAULTS,
+    *kit.FAULTS,
+    *core.FAULTS,
+)
