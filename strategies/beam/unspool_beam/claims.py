@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 Text = tuple[int, ...]
@@ -17,7 +17,7 @@ class BeamSearch:
         """Divide the sum by the length, weighed. Unnormalised, it is a sum of what no law is shown."""
         if not params.renormalize:
             return None
-        return math.fsum(logprobs) / _weight(params, len(tokens))
+        return math.fsum(logprobs) / weight(params, len(tokens))
 
     @staticmethod
     def texts(params: Any, model: Any, request: Any) -> list[tuple[Text, float]] | None:
@@ -30,13 +30,8 @@ class BeamSearch:
         while beams:
             candidates = []
             for total, text in beams:
-                logits = model.logits_after((*request.prompt_ids, *text)).tolist()
-                if len(text) < limits.min_new_tokens:
-                    logits = [-math.inf if token in ends else logit for token, logit in enumerate(logits)]
-                if max(logits) == -math.inf:
-                    continue  # nothing follows this text
-                norm = math.log(math.fsum(map(math.exp, logits))) if params.renormalize else 0.0
-                candidates += [(total + logit - norm, (*text, token)) for token, logit in enumerate(logits)]
+                logprobs = logprobs_after(params, model, request, text)
+                candidates += [(total + logprob, (*text, token)) for token, logprob in enumerate(logprobs)]
             possible = [candidate for candidate in candidates if candidate[0] > -math.inf]
             ranked = sorted(possible, key=lambda candidate: -candidate[0])[: max(2, 1 + len(ends)) * params.width]
             length = len(ranked[0][1]) if ranked else 0
@@ -45,12 +40,12 @@ class BeamSearch:
                 if text[-1] not in ends and length < limits.max_new_tokens:
                     beams.append((total, text))
                 elif place < params.width:
-                    finished.append((total / _weight(params, length), text))
+                    finished.append((total / weight(params, length), text))
             beams = beams[: params.width]
             finished = sorted(finished, key=lambda found: -found[0])[: params.width]
             if beams and len(finished) == params.width:
                 hopeful = params.early_stopping == "never" and params.length_penalty > 0
-                reach = beams[0][0] / _weight(params, limits.max_new_tokens if hopeful else length)
+                reach = beams[0][0] / weight(params, limits.max_new_tokens if hopeful else length)
                 if params.early_stopping is True or reach <= finished[-1][0]:
                     break
         return [(text, score) for score, text in finished[: request.n]]
@@ -78,6 +73,18 @@ class LogSoftmax:
         return [logit - norm for logit in row.logits]
 
 
-def _weight(params: Any, length: int) -> float:
+def logprobs_after(params: Any, model: Any, request: Any, text: Text, forbidden: Collection[int] = ()) -> list[float]:
+    """Give what the next token of a text adds to its sum, by token."""
+    logits = model.logits_after((*request.prompt_ids, *text)).tolist()
+    banned = {*forbidden, *(request.end_ids if len(text) < request.limits.min_new_tokens else ())}
+    logits = [-math.inf if token in banned else logit for token, logit in enumerate(logits)]
+    if max(logits) == -math.inf:
+        return list(logits)  # nothing follows this text
+    norm = math.log(math.fsum(map(math.exp, logits))) if params.renormalize else 0.0
+    return [logit - norm for logit in logits]
+
+
+def weight(params: Any, length: int) -> float:
+    """Say what a sum over so many tokens is divided by."""
     base: float = length if params.length_form == "power" else (5 + length) / 6
     return float(base**params.length_penalty)

@@ -1,0 +1,94 @@
+"""Phrases that a text must contain, and how much of them a path has said."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Phrase:
+    """Tokens in a row, to be found wherever they stand (Knuth, Morris & Pratt 1977).
+
+    Args:
+        tokens: at least one.
+        back: after so many tokens and a wrong one, how many of them may still be the beginning.
+    """
+
+    tokens: tuple[int, ...]
+    back: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tokens: Sequence[int]) -> Phrase:
+        """Prepare a phrase."""
+        back = [0]
+        for at in range(1, len(tokens)):
+            said = back[at - 1]
+            while said and tokens[said] != tokens[at]:
+                said = back[said - 1]
+            back.append(said + 1 if tokens[said] == tokens[at] else 0)
+        return cls(tuple(tokens), tuple(back))
+
+    def after(self, said: int, token: int) -> int:
+        """Say how much of it stands at the end of a path one token later."""
+        while said and self.tokens[said] != token:
+            said = self.back[said - 1]
+        return said + 1 if self.tokens[said] == token else 0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How much of each wish a path has said.
+
+    Args:
+        wishes: each a set of alternatives, one of which must be said.
+        said: for each wish how much of each alternative stands at the path's end; None: one was said.
+    """
+
+    wishes: tuple[tuple[Phrase, ...], ...]
+    said: tuple[tuple[int, ...] | None, ...]
+
+    @classmethod
+    def start(cls, wishes: Sequence[Sequence[Phrase]]) -> Progress:
+        """Begin with nothing said."""
+        return cls(tuple(map(tuple, wishes)), tuple((0,) * len(wish) for wish in wishes))
+
+    def after(self, token: int) -> Progress:
+        """Give the progress one token later."""
+        said: list[tuple[int, ...] | None] = []
+        for wish, before in zip(self.wishes, self.said, strict=True):
+            now = before and tuple(phrase.after(count, token) for phrase, count in zip(wish, before, strict=True))
+            met = now and any(count == len(phrase.tokens) for phrase, count in zip(wish, now, strict=True))
+            said.append(None if met else now)
+        return Progress(self.wishes, tuple(said))
+
+    @property
+    def met(self) -> bool:
+        """Tell whether every wish was said."""
+        return all(said is None for said in self.said)
+
+    @property
+    def bank(self) -> int:
+        """Count the tokens that are met: of a wish that was said those of its longest alternative."""
+        return sum(
+            longest(wish) if said is None else max(said) for wish, said in zip(self.wishes, self.said, strict=True)
+        )
+
+    @property
+    def banks(self) -> int:
+        """Count the banks that there are, from nothing met to everything."""
+        return 1 + sum(map(longest, self.wishes))
+
+    def next_tokens(self) -> set[int]:
+        """List the tokens that would bring an unmet wish on."""
+        return {
+            phrase.tokens[count]
+            for wish, said in zip(self.wishes, self.said, strict=True)
+            if said is not None
+            for phrase, count in zip(wish, said, strict=True)
+        }
+
+
+def longest(wish: Sequence[Phrase]) -> int:
+    """Count the tokens of the longest alternative."""
+    return max(len(phrase.tokens) for phrase in wish)
