@@ -178,7 +178,7 @@ class Decider:
         streams = ints[2] if stream is not None else [rows.branch[r].stream for r in ints[0]]
         if len(set(zip(ints[0], ints[1], streams, strict=True))) < count:
             raise self._bad("the same (row, token, stream) twice")
-        columns = [] if score is None else list(score.reshape(count, -1).unbind(1))
+        columns = [] if score is None else list((score if score.dim() == 2 else score[:, None]).unbind(1))
         floats = [peak, logits[row, token], *columns]
         if self._logprobs:
             floats.append(_logprob(logits, row, token))

@@ -64,12 +64,14 @@ def generate(model: PreTrainedModel, prompt: tuple[int, ...], ends: tuple[int, .
 
 
 @pytest.mark.parametrize("early_stopping", [True, False, "never"])
-@pytest.mark.parametrize("width", [2, 5, 8])
+@pytest.mark.parametrize("width", [2, 3, 4, 5, 6, 7, 8])
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "gemma3_text", "qwen3"])
 def test_it_gives_the_texts_and_scores_of_transformers(
     arch: str, width: int, early_stopping: bool | Literal["never"]
 ) -> None:
-    for penalty, ends, prompt in zip([-1.0, 0.0, 1.0, 2.0], ENDS, PROMPTS, strict=True):
+    penalties = [-1.0, 0.0, 1.0, 2.0]
+    turned = penalties[width % 4 :] + penalties[: width % 4]  # each with each, over the widths
+    for penalty, ends, prompt in zip(turned, ENDS, PROMPTS, strict=True):
         options = {"length_penalty": penalty, "early_stopping": early_stopping}
         texts, scores = generate(theirs(arch), prompt, ends, num_beams=width, num_return_sequences=width, **options)
         asked = request(beam(width=width, **options), prompt, max_new_tokens=NEW, end_ids=ends, n=width)
@@ -124,6 +126,17 @@ def test_the_prompt_runs_once_and_forks_copy_nothing() -> None:
     [result] = alone(TableModel(6), [request(beam(width=4), (1, 2, 3, 4, 5), max_new_tokens=6, end_ids=(), n=4)])
     assert result.stats.forward_passes == 6
     assert result.stats.rows == 5 + 5 * 4
+
+
+def test_the_best_are_found_in_one_way_however_many_tie() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for columns in (3, 8, 60):
+        for levels in (1, 2, 5, 1000):
+            values = torch.randint(0, levels, (9, columns), generator=generator).double()
+            values[torch.rand(9, columns, generator=generator) < 0.2] = -torch.inf
+            order = values.argsort(dim=-1, descending=True, stable=True)
+            for count in {1, 2, columns - 1, columns}:
+                assert best(values, count).tolist() == order[:, :count].tolist()
 
 
 def test_of_equal_values_the_first_are_the_best() -> None:

@@ -23,7 +23,10 @@ def best(values: Tensor, count: int) -> Tensor:
     Returns:
         `[n, count]` int64, best first.
     """
-    last = values.topk(count, dim=-1).values[:, -1:]
+    top = values.topk(min(count + 1, values.shape[1]), dim=-1)
+    if bool((top.values[:, :-1] > top.values[:, 1:]).all()):  # no two tie that matter, so there is one order
+        return top.indices[:, :count]
+    last = top.values[:, count - 1 : count]
     above, level = values > last, values == last
     room = count - above.sum(dim=-1, keepdim=True)
     index = (above | (level & (level.cumsum(dim=-1) <= room))).nonzero()[:, 1].view(len(values), count)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 Text = tuple[int, ...]
@@ -73,10 +73,10 @@ class LogSoftmax:
         return [logit - norm for logit in row.logits]
 
 
-def logprobs_after(params: Any, model: Any, request: Any, text: Text, forbidden: Collection[int] = ()) -> list[float]:
+def logprobs_after(params: Any, model: Any, request: Any, text: Text) -> list[float]:
     """Give what the next token of a text adds to its sum, by token."""
     logits = model.logits_after((*request.prompt_ids, *text)).tolist()
-    banned = {*forbidden, *(request.end_ids if len(text) < request.limits.min_new_tokens else ())}
+    banned = request.end_ids if len(text) < request.limits.min_new_tokens else ()
     logits = [-math.inf if token in banned else logit for token, logit in enumerate(logits)]
     if max(logits) == -math.inf:
         return list(logits)  # nothing follows this text

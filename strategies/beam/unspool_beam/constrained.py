@@ -11,7 +11,8 @@ paid as much. A text may not end before every phrase is in it.
 
 Post & Vilar 2018, dynamic beam allocation; their rule for free places differs in which neighbour is served first. A
 phrase with alternatives (Hokamp & Liu 2017) is met by any of them, and counts as its longest one. Scores, lengths and
-early ends are those of beam search. Texts that are cut off with a phrase unmet rank below all others.
+early ends are those of beam search: a text scores what the model says of it, whatever it had to contain. Texts that are
+cut off with a phrase unmet rank below all others.
 
 Costs one forward pass a token with `width` rows, as beam search does.
 """
@@ -49,8 +50,6 @@ class AnyOf(Parameters):
 
 class ConstrainedBeamSearch(Search):
     """Search for the best texts that contain all phrases."""
-
-    constraint = True  # or a plugin that leaves nothing but the end would make a dead end of it
 
     class Params(Search.Params):
         """Which phrases, how wide, how it ends, and how lengths are weighed."""
@@ -93,22 +92,14 @@ class ConstrainedBeamSearch(Search):
         return Pool(self.params.width)
 
     @hookimpl
-    def logits_transform(self, step: Step, logits: Tensor) -> None:
-        """Forbid the end where a phrase is unmet."""
-        unmet = [row for row, progress in enumerate(step.states(self)) if not progress.met]
-        ends = [(row, end) for row in unmet for end in step.requests[int(step.request[row])].end_ids]
-        if ends:
-            row, end = torch.tensor(ends, device=logits.device).T
-            logits[row, end] = -torch.inf
-
-    @hookimpl
     def select(self, step: Step, logits: Tensor) -> Growth:
         """Take the best candidates of each request, and those that bring a phrase on; best first."""
         vocab = logits.shape[-1]
-        totals = by_request(step, step.score[:, :1] + self.logprobs(logits))  # [requests, widest * vocab]
+        logprobs = self._without_early_ends(step, self.logprobs(logits))
+        totals = by_request(step, step.score[:, :1] + logprobs)  # [requests, widest * vocab]
         counts = [candidates(request, self.params.width) for request in step.requests]
         general = best(totals, min(max(counts), totals.shape[1])).tolist()
-        likeliest = best(logits, 1).squeeze(1).tolist()
+        likeliest = best(logprobs, 1).squeeze(1).tolist()
         progress, rows, tokens, scores, streams = step.states(self), [], [], [], []
         for number, grid in enumerate(step.grid.tolist()):
             chosen = set(general[number][: counts[number]])
@@ -126,6 +117,17 @@ class ConstrainedBeamSearch(Search):
         row, score = torch.cat(rows), torch.cat(scores)
         kept = (row >= 0) & (score > -torch.inf)
         return Growth(row=row[kept], token=torch.cat(tokens)[kept], score=score[kept], stream=torch.cat(streams)[kept])
+
+    def _without_early_ends(self, step: Step, logprobs: Tensor) -> Tensor:
+        """Forbid the end where a phrase is unmet. What is left is not normalised again: to go on has its price."""
+        unmet = [row for row, progress in enumerate(step.states(self)) if not progress.met]
+        ends = [(row, end) for row in unmet for end in step.requests[int(step.request[row])].end_ids]
+        if not ends:
+            return logprobs
+        early = torch.zeros_like(logprobs, dtype=torch.bool)
+        row, end = torch.tensor(ends, device=logprobs.device).T
+        early[row, end] = True
+        return logprobs.masked_fill(early, -torch.inf)
 
     @hookimpl
     def stop_check(self, step: Step, growth: Growth) -> None:

@@ -16,11 +16,6 @@ class ConstrainedBeamSearch:
     """A beam that is shared among banks by how much of the phrases is met."""
 
     @staticmethod
-    def allows(params: Any, request: Any, tokens: Text, ended: bool) -> bool:
-        """Ask for every phrase in a whole text."""
-        return not ended or all(_contains(tokens, wish) for wish in _wishes(params))
-
-    @staticmethod
     def score(params: Any, request: Any, tokens: Text, finish_reason: str, logprobs: Sequence[float]) -> float | None:
         """Divide the sum by the length, weighed. Unnormalised, it is a sum of what no law is shown."""
         return math.fsum(logprobs) / weight(params, len(tokens)) if params.renormalize else None
@@ -37,11 +32,11 @@ class ConstrainedBeamSearch:
             length += 1
             everything, wanted = [], set()
             for total, text in beams:
-                free = ends if not all(_contains(text, wish) for wish in wishes) else set()
+                forbidden = ends if not all(_contains(text, wish) for wish in wishes) else set()
                 children = [
                     (total + logprob, (*text, token))
-                    for token, logprob in enumerate(logprobs_after(params, model, request, text, free))
-                    if logprob > -math.inf
+                    for token, logprob in enumerate(logprobs_after(params, model, request, text))
+                    if logprob > -math.inf and token not in forbidden
                 ]
                 everything += children
                 wanted |= {max(children, key=lambda child: child[0])[1]} if children else set()
