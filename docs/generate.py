@@ -300,7 +300,7 @@ def _refused() -> str:
     said = (
         "A pipeline has one strategy: a second one is refused. All other pairs of the plugins on this page were asked, "
     )
-    said += f"{count} with those of strategies, in both orders, each plugin at its defaults."
+    said += f"in both orders, each plugin at its defaults: {count} pairs."
     return f"{said}\n\n" + (table(["plugin", "beside", "reason"], rows) if rows else "No pair is refused.")
 
 

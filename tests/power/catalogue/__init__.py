@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from power.catalogue import beam, contrastive, core, kit, many, penalties, sampling
+from power.catalogue import beam, beam_variants, contrastive, core, kit, many, penalties, sampling, watermark
 from power.fault import Fault
 
 FAULTS: tuple[Fault, ...] = (
     *sampling.FAULTS,
     *penalties.FAULTS,
     *beam.FAULTS,
+    *beam_variants.FAULTS,
     *contrastive.FAULTS,
     *many.FAULTS,
+    *watermark.FAULTS,
     *kit.FAULTS,
     *core.FAULTS,
 )

@@ -6,37 +6,38 @@ from power.fault import Fault, fault
 from power.slips import edit
 from unspool_beam.beam import BeamSearch
 from unspool_beam.pool import Pool
+from unspool_beam.search import Search, candidates, lengths_after
 
 FAULTS: tuple[Fault, ...] = (
     fault(
         "beam search ranks finished texts before the length penalty",
         "beam",
         "scores_add_up",
-        edit(BeamSearch.stop_check, "score[child] /= self._weight(lengths[child])", "score[child] /= 1"),
+        edit(Search.settle, "total[child] / self.weight(lengths[child])", "total[child]"),
     ),
     fault(
         "beam search forgets the parent's score",
         "beam",
         "scores_add_up",
-        edit(BeamSearch.select, "step.score[:, :1] + logprobs", "step.score[:, :1] * 0 + logprobs"),
+        edit(BeamSearch.select, "step.score[:, :1] + self.logprobs(logits)", "self.logprobs(logits)"),
     ),
     fault(
         "beam search counts lengths without the end token",
         "beam",
         "scores_add_up",
-        edit(BeamSearch.stop_check, "+ 1).tolist()", ").clamp(min=1).tolist()"),
+        edit(lengths_after, "+ 1).tolist()", ").clamp(min=1).tolist()"),
     ),
     fault(
         "beam search forgets the last of its finished texts",
         "beam",
         "reference",
-        edit(BeamSearch.stop_check, "elif place < width:", "elif place < max(1, width - 1):"),
+        edit(Search.settle, "elif place < width:", "elif place < max(1, width - 1):"),
     ),
     fault(
         "beam search takes no more candidates than beams",
         "beam",
         "reference",
-        edit(BeamSearch._candidates, "max(2, 1 + len(request.end_ids)) * width", "width"),
+        edit(candidates, "max(2, 1 + len(request.end_ids)) * width", "width"),
     ),
     fault(
         "beam search is over with the first finished text",

@@ -197,11 +197,13 @@ def _compare_texts(claimed: Sequence[tuple[Path, float | None]], request: Prepar
     if len(got) != len(claimed):
         raise Broken(f"{about}: it returns {len(got)} texts, and claims to return {len(claimed)}")
     for place, ((tokens, score), (text, claimed_score)) in enumerate(zip(got, claimed, strict=True)):
-        if claimed_score is not None and score != pytest.approx(claimed_score, abs=TOLERANCE):
+        if claimed_score is not None and score != pytest.approx(claimed_score, rel=TOLERANCE, abs=TOLERANCE):
             raise Broken(f"{about}: {list(tokens)} has score {score}, and the claim is {claimed_score}")
         # Texts of one score may come in either order.
         equals = [
-            t for t, s in claimed if claimed_score is not None and s == pytest.approx(claimed_score, abs=TOLERANCE)
+            t
+            for t, s in claimed
+            if claimed_score is not None and s == pytest.approx(claimed_score, rel=TOLERANCE, abs=TOLERANCE)
         ]
         if tokens != tuple(text) and tokens not in map(tuple, equals):
             raise Broken(f"{about}: text number {place + 1} is {list(tokens)}, and the claim is {list(text)}")
