@@ -38,6 +38,7 @@ FAULTS: tuple[Fault, ...] = (
         "beam",
         "reference",
         edit(candidates, "max(2, 1 + len(request.end_ids)) * width", "width"),
+        width=2,
     ),
     fault(
         "beam search is over with the first finished text",

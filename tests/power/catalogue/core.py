@@ -154,7 +154,7 @@ ENDS = (
         "all texts of a search are returned, not the best n",
         "kit_search",
         "stop_is_exact",
-        edit(Lifecycle.end, "ranked[: request.n]", "ranked"),
+        edit(Lifecycle.end, "self._ranked(live)[: request.n]", "self._ranked(live)"),
     ),
     fault(
         "texts are ranked worst first",
@@ -223,7 +223,7 @@ DRAFTS = (
         "drafts see their siblings",
         "kit_greedy",
         "speculation_is_invisible",
-        edit(_Packing._span, "row[np.searchsorted(context, path)] = True", "row[:] = True"),
+        edit(_Packing._span, "row[path - first] = True", "row[:] = True"),
     ),
 )
 
@@ -314,7 +314,7 @@ SLOTS = (
         "a freed node leaves the slots of its path behind",
         "kit_greedy",
         "cache_equals_recompute",
-        edit(Lane.free, "self._trails.pop(node, None)", "pass"),
+        edit(Lane.free, "self._trails.pop(node, None)", "self._trails.get(node)"),
     ),
     fault(
         "a prompt in pieces counts its positions from each piece",

@@ -72,14 +72,6 @@ FAULTS: tuple[Fault, ...] = (
         edit(Particles.select, "step.length[row] + 1", "step.length[:1] + 1"),
     ),
     fault(
-        "the places of particles that have ended are filled again",
-        "particles",
-        "scores_add_up",
-        edit(Particles.stop_check, "own.running.discard(stream)", "own.running.add(stream)"),
-        target="pipeline",
-        potential=None,
-    ),
-    fault(
         "particles are weighed by the whole potential with every token",
         "particles",
         "scores_add_up",
