@@ -39,6 +39,7 @@ FAULTS: tuple[Fault, ...] = (
         "reference",
         edit(candidates, "max(2, 1 + len(request.end_ids)) * width", "width"),
         width=2,
+        early_stopping="never",
     ),
     fault(
         "beam search is over with the first finished text",
