@@ -15,7 +15,7 @@ from unspool.errors import ConfigError, DeadEnd, InputError
 from unspool.pipeline import Pipeline
 from unspool.request import Request, Result
 from unspool_beam.constrained import ConstrainedBeamSearch, allot
-from unspool_beam.phrases import Phrase, Progress
+from unspool_beam.phrases import Phrase, Progress, fewest, overlap
 from unspool_penalties.suppress import SuppressTokens
 from unspool_sample.top_p import TopP
 from unspool_testing.driver import alone, plugin, request
@@ -99,10 +99,36 @@ def test_where_plugins_leave_nothing_but_the_end_it_is_a_dead_end() -> None:
 
 
 def test_a_phrase_that_does_not_fit_is_refused_with_the_numbers() -> None:
-    with pytest.raises(InputError, match=r"phrases = \(1, 2, 1\): a phrase that fits into 2 new tokens"):
-        alone(TableModel(3), [request(constrained(phrases=[[1, 2, 1]]), (1,), max_new_tokens=2)])
+    fits = "phrases that fit into 3 new tokens, and these need at least 4"
+    for phrases in ([[1, 2, 1, 2]], [[1, 2], [3, 3]], [[1], {"any": [[2, 3], [3, 2, 2]]}, [4]]):
+        with pytest.raises(InputError, match=fits):
+            search(TableModel(5), 3, phrases=phrases)
     with pytest.raises(InputError, match="no tokenizer"):
         alone(TableModel(3), [request(constrained(phrases=["a"]), (1,), max_new_tokens=2)])
+
+
+def test_phrases_that_overlap_or_hold_each_other_are_not_refused_where_they_fit() -> None:
+    for phrases in ([[1, 2], [2, 3]], [[1, 2], [1, 2]], [[2], [1, 2, 3], [2, 3]], [[2, 3], [1, 2]]):
+        assert all(contains(search(TableModel(5), 3, phrases=phrases).token_ids, tuple(p)) for p in phrases)
+
+
+def test_no_text_is_shorter_than_the_fewest_tokens_of_its_phrases() -> None:
+    some = [p for length in (1, 2, 3) for p in itertools.product((1, 2), repeat=length)]
+    texts = [text for length in range(1, 7) for text in itertools.product((1, 2), repeat=length)]
+    for pair in itertools.combinations_with_replacement(some, 2):
+        shortest = min(len(text) for text in texts if all(contains(text, phrase) for phrase in pair))
+        bound = fewest([[Phrase.of(phrase)] for phrase in pair])
+        assert bound <= shortest
+        if not any(overlap(one, other) for one, other in (pair, pair[::-1])):
+            assert bound == shortest
+
+
+def test_a_phrase_that_no_text_can_hold_is_refused() -> None:
+    with pytest.raises(InputError, match=r"phrases = \(2, 0\): a phrase without a token that ends the text, \[0\]"):
+        search(TableModel(5), 6, phrases=[[1], [2, 0]])
+    assert contains(search(TableModel(5), 6, phrases=[{"any": [[2, 0], [2, 3]]}]).token_ids, (2, 3))
+    error = search(TableModel(5), 6, phrases=[[1, 77]]).error
+    assert isinstance(error, InputError) and "77: token ids below 5" in str(error)
 
 
 def test_no_phrase_at_all_is_refused() -> None:

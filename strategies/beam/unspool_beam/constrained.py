@@ -31,7 +31,7 @@ from unspool.hooks import Growth
 from unspool.plugin import Parameters, TokenIds, hookimpl
 from unspool.prompt import encode_phrase
 from unspool_beam.best import best, by_request
-from unspool_beam.phrases import Phrase, Progress
+from unspool_beam.phrases import Phrase, Progress, fewest
 from unspool_beam.pool import Pool
 from unspool_beam.search import Search, candidates, lengths_after
 
@@ -63,20 +63,26 @@ class ConstrainedBeamSearch(Search):
 
     def start(self, request: PreparedRequest) -> int:
         """Begin with one beam on the prompt."""
-        most = request.limits.max_new_tokens
-        for entry, wish in zip(self.params.phrases, self._wishes(request), strict=True):
-            if min(len(phrase.tokens) for phrase in wish) > most:
-                shown = entry.model_dump() if isinstance(entry, AnyOf) else entry
-                raise InputError(f"{self.name}.phrases", shown, f"a phrase that fits into {most} new tokens")
+        most, given = request.limits.max_new_tokens, self.params.phrases
+        if (least := fewest(self._wishes(request))) > most:
+            shown = [entry.model_dump() if isinstance(entry, AnyOf) else entry for entry in given]
+            allowed = f"phrases that fit into {most} new tokens, and these need at least {least}"
+            raise InputError(f"{self.name}.phrases", shown, allowed)
         return super().start(request)
 
     def _wishes(self, request: PreparedRequest) -> list[list[Phrase]]:
-        wishes = []
+        """Give the tokens of all phrases. What holds an end token can never be said, for it ends the text."""
+        wishes, ends = [], set(request.end_ids)
         for entry in self.params.phrases:
             alternatives = entry.any if isinstance(entry, AnyOf) else (entry,)
             spelled = [s for text in alternatives for s in ((text, f" {text}") if isinstance(text, str) else (text,))]
             tokens = dict.fromkeys(encode_phrase(request, spelling) for spelling in spelled)
-            wishes.append([Phrase.of(ids) for ids in tokens])
+            possible = [Phrase.of(ids) for ids in tokens if not ends.intersection(ids)]
+            if not possible:
+                shown = entry.model_dump() if isinstance(entry, AnyOf) else entry
+                allowed = f"a phrase without a token that ends the text, {sorted(ends)}"
+                raise InputError(f"{self.name}.phrases", shown, allowed)
+            wishes.append(possible)
         return wishes
 
     def initial(self, request: PreparedRequest) -> Progress:
@@ -106,7 +112,10 @@ class ConstrainedBeamSearch(Search):
             for place, row in enumerate(grid):
                 if row >= 0:
                     wanted = {likeliest[row], *progress[row].next_tokens()}
-                    chosen |= {place * vocab + token for token in wanted if token < vocab}
+                    if (largest := max(wanted)) >= vocab:
+                        allowed = f"token ids below {vocab}, the size of the model's vocabulary"
+                        raise InputError(f"{self.name}.phrases", largest, allowed)
+                    chosen |= {place * vocab + token for token in wanted}
             index = torch.tensor(sorted(chosen), device=logits.device)
             score, order = totals[number, index].sort(descending=True, stable=True)
             index = index[order]

@@ -23,7 +23,8 @@ class ConstrainedBeamSearch:
     @staticmethod
     def texts(params: Any, model: Any, request: Any) -> list[tuple[Text, float]]:
         """Search by hand: candidates, banks, what each bank keeps."""
-        wishes, ends, most = _wishes(params), set(request.end_ids), request.limits.max_new_tokens
+        ends, most = set(request.end_ids), request.limits.max_new_tokens
+        wishes = _wishes(params, ends)
         beams: list[tuple[float, Text]] = [(0.0, ())]
         finished: list[tuple[float, Text]] = []
         pool: list[float] = []
@@ -78,9 +79,10 @@ def _shared(
     return [child for child in ranked if child[1] in kept]
 
 
-def _wishes(params: Any) -> list[Wish]:
-    """Give the phrases as token ids: no law has a tokenizer."""
-    return [[tuple(text) for text in (getattr(entry, "any", None) or (entry,))] for entry in params.phrases]
+def _wishes(params: Any, ends: set[int]) -> list[Wish]:
+    """Give the phrases that do not end a text as token ids: no law has a tokenizer."""
+    given = [[tuple(text) for text in (getattr(entry, "any", None) or (entry,))] for entry in params.phrases]
+    return [[text for text in wish if not ends & set(text)] for wish in given]
 
 
 def _contains(text: Text, wish: Wish) -> bool:

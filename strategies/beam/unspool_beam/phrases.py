@@ -92,3 +92,23 @@ class Progress:
 def longest(wish: Sequence[Phrase]) -> int:
     """Count the tokens of the longest alternative."""
     return max(len(phrase.tokens) for phrase in wish)
+
+
+def fewest(wishes: Sequence[Sequence[Phrase]]) -> int:
+    """Count tokens without which no text has said all wishes: their lengths, less what each may share with another.
+
+    It is what a text needs where no two wishes overlap. Where they do it may be too small, and never too large.
+    """
+    lengths, fresh = [], []
+    for number, wish in enumerate(wishes):
+        others = [phrase.tokens for other, rest in enumerate(wishes) if other != number for phrase in rest]
+        shared = [max((overlap(other, phrase.tokens) for other in others), default=0) for phrase in wish]
+        lengths.append(min(len(phrase.tokens) for phrase in wish))
+        fresh.append(min(len(phrase.tokens) - count for phrase, count in zip(wish, shared, strict=True)))
+    return sum(fresh) + min(length - count for length, count in zip(lengths, fresh, strict=True))
+
+
+def overlap(before: tuple[int, ...], phrase: tuple[int, ...]) -> int:
+    """Count how many first tokens of a phrase may stand already where another one ends."""
+    counts = (len(phrase) - cut for cut in range(len(phrase)))
+    return next((c for c in counts if before[-c:] == phrase[:c] or phrase[:c][-len(before) :] == before), 0)
