@@ -68,3 +68,18 @@ def test_a_case_that_is_written_and_read_again_is_the_same() -> None:
     assert case.model.table == {(): (0.0, 1.0, 2.0), (2, 2): (5.0, 0.0, 0.0)}
     assert case.schedule.cancels == {0: 2}
     assert Case.read(case.write()) == case
+
+
+def test_a_row_stays_held_when_the_request_whose_plugins_were_called_ends() -> None:
+    """Equal pipelines of two requests are two objects, and a group calls those of its first request."""
+    case = Case.read(
+        """
+        subject: kit_holds
+        model: {memory: 0}
+        requests:
+        - {strategy: kit_holds, prompt: [0], max_new_tokens: 1, min_new_tokens: 1}
+        - {strategy: kit_holds, prompt: [0], max_new_tokens: 1}
+        schedule: {spare_slots: 0, preempts: [1]}
+        """
+    )
+    LAWS["batch_invariance"].check(case, Subject.find("kit_holds").known)

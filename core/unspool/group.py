@@ -233,7 +233,8 @@ class Group:
         """List (row, draft) just below the nodes of rows."""
         children: dict[int, list[int]] = {}
         for node, draft in self.drafts.items():
-            if plugin is None or draft.plugin is plugin:
+            # By name: what is held may have been hung by the like of it in another request's pipeline.
+            if plugin is None or (draft.plugin is not None and draft.plugin.name == plugin.name):
                 children.setdefault(self.tree.parent[node], []).append(node)
         return [(row, child) for row, node in enumerate(nodes) for child in children.get(node, ())]
 
