@@ -136,7 +136,8 @@ def test_no_phrase_at_all_is_refused() -> None:
     from unspool.registry import Registry
 
     registry = Registry([]).with_plugins({"constrained_beam": ConstrainedBeamSearch})
-    for phrases in ([], [[]], [""]):
+    wrong: list[list[Any]] = [[], [[]], [""]]
+    for phrases in wrong:
         with pytest.raises(ConfigError, match="phrases"):
             build_plugin(PluginSpec("constrained_beam", {"phrases": phrases}), registry)
 
@@ -144,7 +145,7 @@ def test_no_phrase_at_all_is_refused() -> None:
 def test_a_phrase_that_is_text_may_stand_with_a_space_before_it_or_without() -> None:
     words = {"</s>": 0, "a": 1, "b": 2, "Ġa": 3, "Ġb": 4, "Ġ": 5}
     made = Tokenizer(models.BPE(words, [("Ġ", "a"), ("Ġ", "b")]))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # type: ignore[assignment]
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     make: Any = transformers.PreTrainedTokenizerFast
     tokenizer = make(tokenizer_object=made, eos_token="</s>")
     for liked, token in (((0.0, 3.0, 2.0, 0.0, 0.0, -9.0), 2), ((0.0, 0.0, 0.0, 3.0, 2.0, -9.0), 4)):
