@@ -13,6 +13,7 @@ import torch
 from unspool.errors import InputError
 from unspool.pipeline import Pipeline
 from unspool.request import Result
+from unspool_beam import stochastic_claims
 from unspool_beam.stochastic import StochasticBeamSearch, below, log_inclusion
 from unspool_testing.driver import Circumstances, alone, drive, plugin, request
 from unspool_testing.table import TableModel
@@ -37,10 +38,16 @@ def probabilities() -> dict[Text, float]:
 
 
 @cache
-def runs(width: int) -> list[Result]:
+def runs(width: int, count: int = RUNS) -> list[Result]:
     pipeline = Pipeline(plugin(StochasticBeamSearch, "stochastic_beam", width=width))
-    asked = [request(pipeline, (1,), max_new_tokens=NEW, end_ids=(END,), seed=seed, n=width) for seed in range(RUNS)]
+    asked = [request(pipeline, (1,), max_new_tokens=NEW, end_ids=(END,), seed=seed, n=width) for seed in range(count)]
     return drive(MODEL, asked, Circumstances(slots=1 << 14, token_budget=1 << 14, max_running=1024))
+
+
+def search(width: int, seed: int) -> Result:
+    pipeline = Pipeline(plugin(StochasticBeamSearch, "stochastic_beam", width=width))
+    asked = request(pipeline, (1,), max_new_tokens=NEW, end_ids=(END,), seed=seed, n=width)
+    return alone(MODEL, [asked])[0]
 
 
 def test_ordered_subsets_are_as_likely_as_draws_without_replacement() -> None:
@@ -89,6 +96,54 @@ def test_texts_are_different_and_come_in_the_order_of_their_perturbed_values() -
         report = result.reports["stochastic_beam"]
         assert report["logprobs"] == pytest.approx([math.log(p[text]) for text in texts])
         assert report["threshold"] < min(scores)
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 5, 8])
+def test_a_narrow_search_finds_what_begins_the_order_of_all_texts(width: int) -> None:
+    """Sampling without replacement by looking at every text is what the beam must equal, noise for noise."""
+    most = len(probabilities())
+    for seed in range(40):
+        everything, narrow = search(most, seed), search(width, seed)
+        assert [h.token_ids for h in narrow.hypotheses] == [h.token_ids for h in everything.hypotheses[:width]]
+        values = [h.score for h in everything.hypotheses]
+        assert [h.score for h in narrow.hypotheses] == pytest.approx(values[:width], abs=1e-12)
+        assert narrow.reports["stochastic_beam"]["threshold"] == pytest.approx(values[width], abs=1e-12)
+
+
+def test_every_text_has_gumbel_noise_of_its_own_around_its_log_probability() -> None:
+    p, count = probabilities(), 2000
+    noise: dict[Text, list[float]] = {text: [] for text in p}
+    for result in runs(len(p), count):
+        for hypothesis in result.hypotheses:
+            noise[hypothesis.token_ids].append((hypothesis.score or 0.0) - math.log(p[hypothesis.token_ids]))
+    values = torch.tensor([noise[text] for text in p], dtype=torch.float64)  # [texts, runs]
+    steps = torch.arange(1, count + 1, dtype=torch.float64) / count
+    distance = (torch.exp(-torch.exp(-values.sort(dim=1).values)) - steps).abs().amax(dim=1)
+    assert (distance < 2.5 / math.sqrt(count)).all(), "Kolmogorov and Smirnov: beyond it once in 130 000 tries"
+    uniform = torch.exp(-torch.exp(-values))
+    correlation = torch.corrcoef(uniform) - torch.eye(len(p), dtype=torch.float64)
+    assert (correlation.abs() < 5 / math.sqrt(count)).all()
+
+
+@pytest.mark.parametrize("width", [1, 2, 4, 7])
+def test_it_searches_as_the_formula_says_text_after_text(width: int) -> None:
+    for seed in range(25):
+        model = TableModel(2 + seed % 5, seed=seed)
+        pipeline = Pipeline(plugin(StochasticBeamSearch, "stochastic_beam", width=width))
+        asked = request(pipeline, (1, 1), max_new_tokens=6, min_new_tokens=seed % 3, seed=seed, n=1 + seed % width)
+        (result,) = alone(model, [asked])
+        claimed = stochastic_claims.StochasticBeamSearch.texts(pipeline.strategy.params, model, asked)
+        assert [h.token_ids for h in result.hypotheses] == [text for text, _ in claimed]
+        assert [h.score for h in result.hypotheses] == pytest.approx([score for _, score in claimed], abs=1e-9)
+
+
+def test_what_cannot_be_among_the_texts_any_more_is_not_run() -> None:
+    model = TableModel(3, table={(): [20.0, 1.0, 0.0]})  # nearly every text ends at once
+    pipeline = Pipeline(plugin(StochasticBeamSearch, "stochastic_beam", width=2))
+    for seed in range(20):
+        (result,) = alone(model, [request(pipeline, (1,), max_new_tokens=8, seed=seed, n=2)])
+        assert sorted(len(h.token_ids) for h in result.hypotheses) == [1, 2]
+        assert result.stats.forward_passes == 2
 
 
 def test_wide_enough_it_finds_every_text_and_each_counts_as_much_as_it_is_likely() -> None:

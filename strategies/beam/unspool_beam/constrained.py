@@ -2,7 +2,8 @@
 
 A plain beam would drop a text that begins an unlikely phrase before the phrase is worth it. So the beam is shared among
 banks: texts that have met no token of the phrases, one, two, ..., all of them. Each bank compares only texts that have
-paid as much. A text may not end before every phrase is in it.
+paid as much. A text may not end before every phrase is in it. Of phrases that are begun only the furthest counts: going
+on with it leads one bank up, so a beam of any width has met all after at most C tokens, unless tokens are forbidden.
 
     candidates  =  the best children of all beams,  and of each beam its likeliest child
                    and those by the next token of each unmet phrase
@@ -20,6 +21,7 @@ Costs one forward pass a token with `width` rows, as beam search does.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
@@ -169,17 +171,17 @@ class ConstrainedBeamSearch(Search):
 
     def rank(self, request: PreparedRequest, hypotheses: Sequence[Hypothesis]) -> Sequence[Hypothesis]:
         """Put texts that contain all phrases first, by score, then the others."""
-        return sorted(super().rank(request, hypotheses), key=lambda hypothesis: not self._met(request, hypothesis))
+        begin = self.initial(request)
+        return sorted(super().rank(request, hypotheses), key=lambda hypothesis: not _met(begin, hypothesis))
 
     def report(self, request: PreparedRequest, own: Any, hypotheses: Sequence[Hypothesis]) -> Mapping[str, Any]:
-        """Tell of each text whether it contains all phrases, best first."""
-        return {"met": [self._met(request, hypothesis) for hypothesis in hypotheses]}
+        """Tell of each returned text whether it contains all phrases, best first."""
+        begin = self.initial(request)
+        return {"met": [_met(begin, hypothesis) for hypothesis in hypotheses[: request.n]]}
 
-    def _met(self, request: PreparedRequest, hypothesis: Hypothesis) -> bool:
-        progress = self.initial(request)
-        for token in hypothesis.token_ids:
-            progress = progress.after(token)
-        return progress.met
+
+def _met(progress: Progress, hypothesis: Hypothesis) -> bool:
+    return reduce(Progress.after, hypothesis.token_ids, progress).met
 
 
 def allot(children: Sequence[int], bank: Mapping[int, int], banks: int, width: int) -> set[int]:

@@ -95,10 +95,9 @@ def _at_the_end(text: Text, phrase: Text) -> int:
 
 
 def _bank(text: Text, wishes: list[Wish]) -> int:
-    return sum(
-        max(map(len, wish)) if _contains(text, wish) else max(_at_the_end(text, phrase) for phrase in wish)
-        for wish in wishes
-    )
+    said = [wish for wish in wishes if _contains(text, wish)]
+    begun = [_at_the_end(text, phrase) for wish in wishes if wish not in said for phrase in wish]
+    return max(begun, default=0) + sum(max(map(len, wish)) for wish in said)
 
 
 def _next_tokens(text: Text, wishes: list[Wish]) -> set[int]:

@@ -69,10 +69,13 @@ class Progress:
 
     @property
     def bank(self) -> int:
-        """Count the tokens that are met: of a wish that was said those of its longest alternative."""
-        return sum(
-            longest(wish) if said is None else max(said) for wish, said in zip(self.wishes, self.said, strict=True)
-        )
+        """Count the tokens that are met: of wishes that were said their longest alternatives, of others the most begun.
+
+        Of several that begin alike only one counts: to go on with it always leads to a higher bank.
+        """
+        pairs = list(zip(self.wishes, self.said, strict=True))
+        begun = max((max(said) for said in self.said if said is not None), default=0)
+        return begun + sum(longest(wish) for wish, said in pairs if said is None)
 
     @property
     def banks(self) -> int:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from power.fault import Fault, fault
 from power.slips import edit
-from unspool_watermark.green_list import GreenList
-from unspool_watermark.tournament import Tournament
+from unspool_watermark.context import had_before, last_tokens
+from unspool_watermark.green_list import GreenList, _Lists
+from unspool_watermark.tournament import Tournament, play
 
 FAULTS: tuple[Fault, ...] = (
     fault(
@@ -46,5 +47,31 @@ FAULTS: tuple[Fault, ...] = (
         "reference",
         edit(Tournament.logits_transform, "self.params.depth)", "self.params.depth - 1)"),
         depth=2,
+    ),
+    fault(
+        "a context ends where the longest path of the batch ends",
+        "green_list",
+        "batch_invariance",
+        edit(last_tokens, "lengths.unsqueeze(-1) - width", "lengths.amax().expand(len(lengths), 1) - width"),
+    ),
+    fault(
+        "a token's least hash is taken for its draw, which is no fair one",
+        "green_list",
+        "reference",
+        edit(_Lists.draws, "return fold(least, tokens)", "return least"),
+        scheme="self_hash",
+    ),
+    fault(
+        "a context that only the prompt has counts as used",
+        "tournament",
+        "reference",
+        edit(had_before, "(chosen >= prompt) & ", ""),
+    ),
+    fault(
+        "all layers of a tournament read the same bit",
+        "tournament",
+        "reference",
+        edit(play, "bits >>= 1", "pass"),
+        depth=4,
     ),
 )
