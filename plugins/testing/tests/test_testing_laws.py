@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +13,7 @@ from torch import Tensor
 from unspool.hooks import Growth
 from unspool.pipeline import Pipeline
 from unspool.plugin import Plugin, hookimpl
+from unspool.request import Hypothesis, PreparedRequest
 from unspool.step import Step
 from unspool_testing.compare import check_batch, check_speculation, with_plugin
 from unspool_testing.drafters import GuessChains
@@ -71,3 +76,26 @@ def test_what_looks_at_drafts_or_rounds_is_caught(strategy: type[Plugin], plugin
         except AssertionError:
             caught += 1
     assert caught
+
+
+class Gossips(Likeliest):
+    """Report what no two runs have in common."""
+
+    def report(self, request: PreparedRequest, own: Any, hypotheses: Sequence[Hypothesis]) -> Mapping[str, Any]:
+        return {"moments": [{"at": time.monotonic()}]}
+
+
+class Recounts(Likeliest):
+    """Report what depends on the text."""
+
+    def report(self, request: PreparedRequest, own: Any, hypotheses: Sequence[Hypothesis]) -> Mapping[str, Any]:
+        return {"mean": sum(hypotheses[0].token_ids) / 3, "longest": None}
+
+
+def test_reports_are_compared_too() -> None:
+    lawful, wrong = (
+        [request(Pipeline(plugin(kind)), (1, i), end_ids=()) for i in range(2)] for kind in (Recounts, Gossips)
+    )
+    check_batch(TableModel(5), lawful, Circumstances())
+    with pytest.raises(AssertionError, match=r"reports \{'moments'"):
+        check_batch(TableModel(5), wrong, Circumstances())

@@ -1,12 +1,12 @@
 """Two runs compared: what a request comes to must not depend on its circumstances, or on drafts.
 
 Give them requests on an exact model (`TableModel`, or a tiny network in float64). There they are equalities of tokens,
-finish reasons, order and logprobs. The named laws (`laws/`) are built on these.
+finish reasons, order, logprobs and reports. The named laws (`laws/`) are built on these.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -94,7 +94,22 @@ def difference(one: Result, other: Result) -> str | None:
             return f"{text} has logprobs {first.logprobs}, then {second.logprobs}"
         if second.stream != first.stream:
             return f"{text} has stream {first.stream}, then {second.stream}"
+    for name in dict.fromkeys([*one.reports, *other.reports]):
+        reports = [dict(result.reports.get(name, {})) for result in (one, other)]
+        if not _alike(*reports):
+            return f"{name} reports {reports[0]}, then {reports[1]}"
     return None
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Tell whether two values that JSON can carry are equal, numbers nearly."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_alike(value, other[name]) for name, value in one.items())
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(_alike, one, other))
+    if isinstance(one, float) and isinstance(other, float):
+        return bool(one == pytest.approx(other, abs=TOLERANCE))
+    return bool(one == other)
 
 
 def _ended(result: Result) -> str:

@@ -83,16 +83,18 @@ class StochasticBeamSearch(Plugin):
 
         One more than the width: the first that is cut is the threshold.
         """
-        vocab = logits.shape[-1]
+        most = min(self.params.width + 1, logits.shape[-1])
         phi = step.score[:, 1:] + logits.log_softmax(dim=-1)  # [rows, vocab]
         root = -(-step.uniform("stochastic_beam").log()).log()
         parent = torch.where(step.length == 0, root.to(phi.dtype), step.score[:, 0])
-        perturbed = by_request(step, below(phi + step.gumbel("stochastic_beam"), parent))
+        noisy = phi + step.gumbel("stochastic_beam")
+        tokens = best(noisy, most)  # [rows, most]: moving siblings below their parent keeps their order
+        perturbed = by_request(step, below(noisy.gather(1, tokens), parent))
         chosen = best(perturbed, min(self.params.width + 1, perturbed.shape[1]))
-        value, row, token = perturbed.gather(1, chosen), step.grid.gather(1, chosen // vocab), chosen % vocab
+        value, row = perturbed.gather(1, chosen), step.grid.gather(1, chosen // most)
         stream = torch.arange(chosen.shape[1], device=chosen.device).expand_as(chosen)
         kept = value > -torch.inf
-        row, token = row[kept], token[kept]
+        row, token = row[kept], tokens[row, chosen % most][kept]
         return Growth(row=row, token=token, score=torch.stack([value[kept], phi[row, token]], 1), stream=stream[kept])
 
     @hookimpl

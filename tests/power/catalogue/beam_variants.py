@@ -106,8 +106,8 @@ FAULTS: tuple[Fault, ...] = (
         "reference",
         edit(
             StochasticBeamSearch.select,
-            'below(phi + step.gumbel("stochastic_beam"), parent)',
-            'phi + step.gumbel("stochastic_beam")',
+            "below(noisy.gather(1, tokens), parent)",
+            "noisy.gather(1, tokens)",
         ),
     ),
     fault(

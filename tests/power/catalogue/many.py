@@ -53,6 +53,12 @@ FAULTS: tuple[Fault, ...] = (
         edit(Particles._ancestors, "row[parent], places, score[parent]", "row[parent], stream[parent], score[parent]"),
     ),
     fault(
+        "particles count the resamplings of all requests as the first one's",
+        "particles",
+        "batch_invariance",
+        edit(Particles.stop_check, "own = populations[request]\n", "own = populations[0]\n"),
+    ),
+    fault(
         "particles of all requests share one effective size",
         "particles",
         "batch_invariance",

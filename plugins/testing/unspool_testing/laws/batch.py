@@ -85,8 +85,9 @@ def _check_first_stream(case: Case, request: PreparedRequest, result: Result) ->
     if request.n == 1 or own_start or not request.pipeline.independent or result.error is not None:
         return
     [single] = alone(case.model.runner(), [replace(request, n=1)], case.model.companions())
-    first = tuple(hypothesis for hypothesis in result.hypotheses if hypothesis.stream == 0)
-    if single.error is None and (parts := difference(single, replace(result, hypotheses=first))):
+    stream = tuple(hypothesis for hypothesis in result.hypotheses if hypothesis.stream == 0)
+    first = replace(result, hypotheses=stream, reports=single.reports)  # a report is of all streams
+    if single.error is None and (parts := difference(single, first)):
         raise Broken(f"request {request.id} with n = 1, and the first stream of {request.n}: {parts}")
 
 
