@@ -16,6 +16,10 @@ from unspool_sample.mirostat import Mirostat
 from unspool_sample.sample import Sample
 from unspool_sample.temperature import Temperature
 from unspool_sample.top_k import TopK
+from unspool_speculative.draft_model import DraftModel as SmallModel
+from unspool_speculative.layer_skip import LayerSkip
+from unspool_speculative.prompt_lookup import PromptLookup
+from unspool_speculative.suffix import Suffix
 from unspool_testing.drafters import DraftModel, GuessChains, GuessTrees, Recall
 from unspool_testing.driver import plugin, request
 from unspool_testing.hosts import Bias, Forks, Guidance, LookAheadChoice, NarrowSearch, NoDoubles, Particles, Tired
@@ -61,6 +65,17 @@ def drafters(vocab_size: int, draft_model: str | None = "draft") -> Mapping[str,
         "draft model": lambda seed: plugin(DraftModel, model=draft_model, length=2 + seed % 3),
         "first layers": lambda seed: plugin(DraftModel, layers=1 + seed % 2),
         "itself": lambda seed: plugin(DraftModel, length=4),
+        "prompt lookup": lambda seed: plugin(PromptLookup, length=1 + seed % 6, min_ngram=1, adapt=seed % 2 > 0),
+        "suffix": lambda seed: plugin(Suffix, length=1 + seed % 6, min_match=1, adapt=seed % 2 > 0),
+        "small model": lambda seed: plugin(
+            SmallModel,
+            "small",
+            model=draft_model or "draft",
+            length=1 + seed % 3,
+            width=1 + seed % 3,
+            adapt=seed % 2 > 0,
+        ),
+        "layer skip": lambda seed: plugin(LayerSkip, layers=1 + seed % 2, length=1 + seed % 3, adapt=seed % 2 > 0),
     }
 
 

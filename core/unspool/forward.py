@@ -73,10 +73,7 @@ class Forward:
         return [lane for group in groups for lane in group.beside()]
 
     def _make_sure_of_slots(self, plan: Plan, groups: Sequence[Group]) -> None:
-        """Make room for drafts that strategies hung over the budget.
-
-        Guesses go first; then the youngest request waits, or fails if it is alone.
-        """
+        """Make room for drafts that strategies hung over the budget."""
         while any(group.drafts for group in groups):
             needs: dict[Cache, int] = {}
             for lane, piece in plan.pieces:
@@ -90,15 +87,19 @@ class Forward:
             short = [cache for cache, need in needs.items() if need > cache.pool.free]
             if not short:
                 return
-            if any(group.give_up_guesses() for group in groups):
-                continue
-            youngest = max(self._scheduler.running, key=lambda live: live.order)
-            for group in groups:
-                if youngest in group.lives:
-                    group.forget_drafts_of(youngest)
-                    group.lives.remove(youngest)
-            plan.pieces = [(lane, piece) for lane, piece in plan.pieces if piece.live is not youngest]
-            if len(self._scheduler.running) == 1:
-                self._fail(youngest, Short(youngest, needs[short[0]], short[0]).error)
-            else:
-                self._scheduler.preempt(youngest)
+            self.make_way(plan, groups, short[0], needs[short[0]])
+
+    def make_way(self, plan: Plan, groups: Sequence[Group], cache: Cache, need: int) -> None:
+        """Free slots for drafts of strategies: guesses go first; then the youngest waits, or fails if it is alone."""
+        if any(group.give_up_guesses() for group in groups):
+            return
+        youngest = max(self._scheduler.running, key=lambda live: live.order)
+        for group in groups:
+            if youngest in group.lives:
+                group.forget_drafts_of(youngest)
+                group.lives.remove(youngest)
+        plan.pieces = [(lane, piece) for lane, piece in plan.pieces if piece.live is not youngest]
+        if len(self._scheduler.running) == 1:
+            self._fail(youngest, Short(youngest, need, cache).error)
+        else:
+            self._scheduler.preempt(youngest)

@@ -107,6 +107,8 @@ FIELDS: Mapping[str, Meaning] = {
     "typical_p": _sampler("typical", "p", lambda value: value >= 1),
     "epsilon_cutoff": _sampler("epsilon", "epsilon", lambda value: not 0 < value < 1),
     "eta_cutoff": _sampler("eta", "epsilon", lambda value: not 0 < value < 1),
+    "prompt_lookup_num_tokens": AsPlugin("prompt_lookup", lambda value: {"length": value}),
+    "assistant_early_exit": AsPlugin("layer_skip", lambda value: {"layers": value}),
     # Settings.
     "do_sample": AsSetting("strategy"),
     "num_beams": AsSetting("strategy"),
@@ -144,9 +146,7 @@ FIELDS: Mapping[str, Meaning] = {
     "num_assistant_tokens": Ignored(_SPECULATION),
     "num_assistant_tokens_schedule": Ignored(_SPECULATION),
     "assistant_confidence_threshold": Ignored(_SPECULATION),
-    "prompt_lookup_num_tokens": Ignored(_SPECULATION),
     "max_matching_ngram_size": Ignored(_SPECULATION),
-    "assistant_early_exit": Ignored(_SPECULATION),
     "assistant_lookbehind": Ignored(_SPECULATION),
     "target_lookbehind": Ignored(_SPECULATION),
     "speculation_type": Ignored(_SPECULATION),

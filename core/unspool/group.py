@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,13 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unspool.errors import PluginError
-from unspool.lane import Lane, Readings, Share
-from unspool.live import Branch, Live
+from unspool.errors import ModelError, PluginError
+from unspool.lane import Lane, NoSlots, Readings, Share
+from unspool.live import Live
 from unspool.pipeline import Pipeline
 from unspool.plugin import Plugin
 from unspool.runner import Output
 from unspool.step import Rows, Step
+from unspool.worth import Worth
 
 if TYPE_CHECKING:
     from unspool.trace import Recorder
@@ -35,14 +37,21 @@ END: Final = "end"
 
 @dataclass(eq=False, slots=True)
 class Draft:
-    """A draft of this step: who hung it, below which row's node, and why it is a leaf, if it is one."""
+    """A draft of this step: who hung it, below which row's node and parent, and why it is a leaf, if it is one."""
 
     live: Live
     plugin: Plugin | None
     base: int
+    parent: int
     leaf: str | None
     held: bool
     q: Tensor | None
+    confidence: float | None
+    """How sure its drafter is; None: it is run whatever it costs."""
+    chosen: bool = False
+    """It has become a branch."""
+    gained: bool = False
+    """It has become a branch that went on at once: a step was saved."""
 
     @property
     def runs(self) -> bool:
@@ -60,6 +69,7 @@ class Group:
         companions: the lanes of the pipeline's companions, by name.
         budget: drafts that may be added below each row.
         token_budget: most tokens of one pass of a companion that is asked.
+        worth: knows which drafts pay.
         recorder: takes the trace, if anyone wants one.
     """
 
@@ -71,10 +81,11 @@ class Group:
         companions: Mapping[str, Lane],
         budget: int,
         token_budget: int,
+        worth: Worth,
         recorder: Recorder | None = None,
     ) -> None:
         self.pipeline, self.lives, self.main, self.lanes = pipeline, list(lives), main, companions
-        self.budget, self.token_budget, self.recorder = budget, token_budget, recorder
+        self.budget, self.token_budget, self.worth, self.recorder = budget, token_budget, worth, recorder
         self.tree = main.tree
         runner = main.cache.runner
         self.device, self.vocab_size = runner.device, runner.vocab_size
@@ -99,15 +110,18 @@ class Group:
 
     # ---- drafts -----------------------------------------------------------------------------------------------------
 
-    def rows(self) -> Rows:
-        """Give the rows with which the step begins: every branch."""
-        return Rows.of([(live, branch) for live in self.lives for branch in live.branches])
+    def rows(self, lives: Sequence[Live]) -> Rows:
+        """Give the rows with which the step begins: every branch of these requests."""
+        return Rows.of([(live, branch) for live in lives for branch in live.branches])
 
-    def rows_of(self, live: Live) -> Rows:
-        """Give the rows of one request."""
-        return Rows.of([(live, branch) for branch in live.branches])
-
-    def hang(self, plugin: Plugin | None, parents: Sequence[int], tokens: Sequence[int], q: Tensor | None) -> list[int]:
+    def hang(
+        self,
+        plugin: Plugin | None,
+        parents: Sequence[int],
+        tokens: Sequence[int],
+        q: Tensor | None,
+        confidence: Sequence[float] | None,
+    ) -> list[int]:
         """Hang drafts for `Step.draft`. Settles at once what each of them is."""
         nodes = []
         # In select an accepted draft is a row like any other: only what is hung in this call is above something.
@@ -118,10 +132,13 @@ class Group:
                 nodes.append(-1)
             else:
                 base = above.base if above else parent
-                nodes.append(self._hang(plugin, base, parent, token, None if q is None else q[i]))
+                sure = None if confidence is None else confidence[i]
+                nodes.append(self._hang(plugin, base, parent, token, None if q is None else q[i], sure))
         return nodes
 
-    def _hang(self, plugin: Plugin | None, base: int, parent: int, token: int, q: Tensor | None) -> int:
+    def _hang(
+        self, plugin: Plugin | None, base: int, parent: int, token: int, q: Tensor | None, confidence: float | None
+    ) -> int:
         live = self._live_of.get(parent)
         if live is None:
             raise ValueError(f"{parent} is no row's node and no draft of this step")
@@ -132,13 +149,15 @@ class Group:
         if node is not None and node in (self.newly_held if held else self.drafts):
             if not held and plugin is self.pipeline.strategy:
                 self.drafts[node].plugin = plugin  # its own drafts are never deleted
+            if not held and (plugin is self.pipeline.strategy or confidence is None):
+                self.drafts[node].confidence = None
             return node
         if node is None:
             node = self.tree.grow(parent, token)
             self.tree.states[node] = self._folded(live, parent, token)
         else:
             self.tree.hold(node)
-        draft = Draft(live, plugin, base, self._leaf(live, node, token), held, q)
+        draft = Draft(live, plugin, base, parent, self._leaf(live, node, token), held, q, confidence)
         self._remember(node, draft)
         if held:
             self.newly_held[node] = draft
@@ -173,6 +192,10 @@ class Group:
             except Exception:  # on a draft that is no fault: nobody chose it
                 states.append(None)
         return tuple(states)
+
+    def live_of(self, node: int) -> Live | None:
+        """Say whose row or draft a node is; None: nobody's."""
+        return self._live_of.get(node)
 
     def trim(self) -> None:
         """Delete drafts over the budget of their row: the deepest first, then those hung last."""
@@ -341,13 +364,25 @@ class Group:
         for live, own in by_live.items():
             share = lane.missing(live, own)
             while len(share.prompt) + len(share.ancestors) > self.token_budget:
-                lane.run([share.first(self.token_budget)])
+                self._run(lane, [share.first(self.token_budget)])
                 share = lane.missing(live, own)
             fresh = [node for node in own if not (node == live.root and share.prompt)]
             shares.append(Share(live, share.prompt, share.ancestors, fresh))
-        readings = lane.run(shares)
+        start = time.perf_counter()
+        readings = self._run(lane, shares)
+        if not any(share.prompt or share.ancestors for share in shares):
+            self.worth.asked(lane, len(nodes), time.perf_counter() - start)
         for node in nodes:
             answers[node] = readings.logits[readings.row[node]]
+
+    @staticmethod
+    def _run(lane: Lane, shares: Sequence[Share]) -> Readings:
+        try:
+            return lane.run(shares)
+        except NoSlots:
+            raise
+        except Exception as error:
+            raise ModelError(f"a companion's pass failed: {type(error).__name__}: {error}") from error
 
     # ---- what the pipeline would choose -----------------------------------------------------------------------------
 
@@ -356,29 +391,37 @@ class Group:
         strategy = self.pipeline.strategy
         if not strategy.row_local:
             raise PluginError(strategy.name, "propose", "it is not row_local: it cannot say what it would choose")
-        asked = [i for i, node in enumerate(nodes) if node >= 0 and self._runs(node)]  # nothing follows a leaf
         answers = [-1] * len(nodes)
-        if not asked:
-            return answers
-        standing: list[tuple[Live, Branch, int]] = []
-        for i in asked:
-            live = rows.lives[rows.request[which[i]]]
-            standing.append((live, rows.branch[which[i]], nodes[i]))
-        order = sorted(range(len(asked)), key=lambda i: (standing[i][0].order, i))
-        table = Rows.at([standing[i] for i in order])
-        raw = logits[torch.tensor([asked[i] for i in order], device=logits.device)]
-        step = Step(self, table, raw=raw)
-        edited = self.working_copy(table, raw)
-        for plugin, method in self.pipeline.implementations("logits_transform"):
-            if not (plugin.reads_logprob or plugin.hidden or plugin.path_hidden or plugin.companions()):
-                method(step=step, logits=edited)
-        growth = self.pipeline.hook.select(step=step, logits=edited)
+        asked, step, edited = self._edited(rows, which, nodes, logits)
+        growth = self.pipeline.hook.select(step=step, logits=edited) if asked else None
         if growth is not None:
             chosen = edited[growth.row, growth.token] > -torch.inf
             for row, token, fine in zip(growth.row.tolist(), growth.token.tolist(), chosen.tolist(), strict=True):
-                if fine and answers[asked[order[row]]] < 0:
-                    answers[asked[order[row]]] = token
+                if fine and answers[asked[row]] < 0:
+                    answers[asked[row]] = token
         return answers
+
+    def transformed(self, rows: Rows, which: Sequence[int], nodes: Sequence[int], logits: Tensor) -> Tensor:
+        """Answer `Step.transformed`."""
+        asked, _, edited = self._edited(rows, which, nodes, logits)
+        answer = edited.new_full((len(nodes), self.vocab_size), -torch.inf)
+        answer[torch.tensor(asked, dtype=torch.int64, device=answer.device)] = edited
+        return answer
+
+    def _edited(
+        self, rows: Rows, which: Sequence[int], nodes: Sequence[int], logits: Tensor
+    ) -> tuple[list[int], Step, Tensor]:
+        """Apply the transforms at nodes below rows. Give which of them are no leaves, as rows of a step, and logits."""
+        lives = [rows.lives[rows.request[row]] for row in which]
+        asked = [i for i, node in enumerate(nodes) if node >= 0 and self._runs(node)]  # nothing follows a leaf
+        asked.sort(key=lambda i: (lives[i].order, i))
+        table = Rows.at([(lives[i], rows.branch[which[i]], nodes[i]) for i in asked])
+        raw = logits[torch.tensor(asked, dtype=torch.int64, device=logits.device)]
+        step, edited = Step(self, table, raw=raw), self.working_copy(table, raw)
+        for plugin, method in self.pipeline.implementations("logits_transform") if asked else ():
+            if not (plugin.reads_logprob or plugin.hidden or plugin.path_hidden or plugin.companions()):
+                method(step=step, logits=edited)
+        return asked, step, edited
 
     def working_copy(self, rows: Rows, raw: Tensor) -> Tensor:
         """Copy raw logits into the working dtype, end ids banned where a row is below `min_new_tokens`."""

@@ -111,12 +111,15 @@ class Grower:
             if drafts is not None and not any(b.held and b.held.drafts is drafts for b in after):
                 self.group.prune(drafts)
         accepted = {branch for _, branch in grown if self._ran(branch.node)}
-        count = len({b.node for b in accepted if (draft := self.group.drafts.get(b.node)) and not draft.held})
-        live.accepted += count
-        live.counts.accepted += count
-        if not self.pipeline.row_local and len(accepted) < len(after):
-            return []
-        return [(live, branch) for branch in after if branch in accepted]
+        goes_on = self.pipeline.row_local or len(accepted) == len(after)
+        for branch in accepted:
+            draft = self.group.drafts.get(branch.node)
+            if draft is None or draft.held:
+                continue
+            live.accepted += not draft.chosen
+            live.counts.accepted += not draft.chosen
+            draft.chosen, draft.gained = True, draft.gained or goes_on
+        return [(live, branch) for branch in after if branch in accepted] if goes_on else []
 
     def _step_on(self, decision: Decision, live: Live, row: int, states: dict[int, tuple[Any, ...]]) -> list[Standing]:
         """Grow a request of one branch where there are no drafts: the same rule, for most requests most of the time."""

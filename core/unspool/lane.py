@@ -26,6 +26,14 @@ Context = slice | NDArray[np.int64]
 """Slots: consecutive ones, or a list."""
 
 
+class NoSlots(RuntimeError):
+    """A pass needs more slots of a cache than are free."""
+
+    def __init__(self, cache: Cache, need: int) -> None:
+        self.cache, self.need = cache, need
+        super().__init__(f"{need} cache slots are needed and {cache.pool.free} are free")
+
+
 class Trail(NamedTuple):
     """The slots of a path, in its order.
 
@@ -194,11 +202,11 @@ class Lane:
         """Run one packed pass; read the logits of all `nodes` in it, and of each root whose prompt it completes.
 
         Raises:
-            RuntimeError: there are not slots enough. Then, and if the model raises, nothing has changed.
+            NoSlots: there are not slots enough. Then, and if the model raises, nothing has changed.
         """
-        need, free = sum(share.new_slots(self) for share in shares), self.cache.pool.free
-        if need > free:
-            raise RuntimeError(f"{need} cache slots are needed and {free} are free: keep to step.budget")
+        need = sum(share.new_slots(self) for share in shares)
+        if need > self.cache.pool.free:
+            raise NoSlots(self.cache, need)
         stored = self.cache.hidden if self.layers is None else {}  # it is the target's own, which runs all layers
         layers = tuple(dict.fromkeys([*hidden, *stored]))
         packing = _Packing(self)

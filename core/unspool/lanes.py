@@ -52,7 +52,8 @@ class Lanes:
             if runner.vocab_size != target.vocab_size:
                 reason = f"{model}: its vocabulary has {runner.vocab_size} tokens, the target's {target.vocab_size}"
                 raise ConfigError([Problem("companion", reason)])
-            self._caches[model] = self._cache(runner, self._slots)
+            same = runner is target  # whose pool must not be made anew
+            self._caches[model] = self.main.cache if same else self._cache(runner, self._slots)
         return self._caches[model]
 
     @staticmethod

@@ -10,7 +10,7 @@ from typing import Any
 from unspool.errors import ConfigError, DeadEnd, InputError, PluginError, Problem
 from unspool.lane import Lane
 from unspool.live import Branch, Live, logprob_list
-from unspool.pipeline import Pipeline
+from unspool.pipeline import Pipeline, group_params
 from unspool.plugin import Plugin
 from unspool.request import Hypothesis, PreparedRequest, Result
 from unspool.schedule import Scheduler
@@ -35,6 +35,7 @@ class Lifecycle:
         self._main, self._tree, self._scheduler, self._finished = main, main.tree, scheduler, finished
         self._detokenizer = detokenizer
         self._order = 0
+        self._shared: dict[tuple[Any, ...], Any] = {}
 
     def begin(self, request: PreparedRequest) -> Live:
         """Queue a request.
@@ -45,6 +46,8 @@ class Lifecycle:
             ConfigError: a plugin wants a layer that the model has not.
         """
         pipeline = request.pipeline
+        if pipeline.sharers:
+            request = replace(request, shared={plugin.name: self._shared_by(plugin) for plugin in pipeline.sharers})
         starts, widest = (_ask(pipeline.strategy, asked, request) for asked in ("start", "widest"))
         for asked, answer in (("start", starts), ("widest", widest)):
             if not isinstance(answer, int) or answer < 1:
@@ -70,6 +73,12 @@ class Lifecycle:
         self._main.cache.want(pipeline.path_hidden)
         self._scheduler.waiting.append(live)
         return live
+
+    def _shared_by(self, plugin: Plugin) -> Any:
+        key = plugin.name, type(plugin), json.dumps(group_params(plugin.params), sort_keys=True, default=str)
+        if key not in self._shared:
+            self._shared[key] = _ask(plugin, "share")
+        return self._shared[key]
 
     def _check_layers(self, pipeline: Pipeline) -> None:
         depth = self._main.cache.runner.layers

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from unspool.request import Hypothesis, PreparedRequest, Result, Stats
+from unspool.request import Drafted, Hypothesis, PreparedRequest, Result, Stats
+from unspool.worth import Record
 
 if TYPE_CHECKING:
     from unspool.group import Draft
@@ -49,9 +50,18 @@ class Counts:
     cached_tokens: int = 0
     drafted: int = 0
     accepted: int = 0
+    drafts: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+    """By drafter: (drafts that were run, those of them that were accepted) at each depth below the branch, from 1."""
     preemptions: int = 0
     started: float | None = None
     first_token: float | None = None
+
+    def note_draft(self, drafter: str, depth: int, accepted: bool) -> None:
+        """Count a draft that was run."""
+        by_depth = self.drafts.setdefault(drafter, [])
+        by_depth += [(0, 0)] * (depth - len(by_depth))
+        ran, right = by_depth[depth - 1]
+        by_depth[depth - 1] = ran + 1, right + accepted
 
 
 @dataclass(eq=False)
@@ -74,6 +84,8 @@ class Live:
     submitted: float = field(default_factory=time.monotonic)
     accepted: int = 0
     """Drafts accepted in its last step."""
+    record: Record = field(default_factory=lambda: Record(keep=0.9, fade=0.98))
+    """How often its drafts were right of late."""
     scored: bool = False
     """Its strategy or the core has scored something."""
     dead_path: tuple[int, ...] | None = None
@@ -103,6 +115,9 @@ class Live:
             new_tokens=sum(len(h.token_ids) for h in hypotheses),
             drafted=counts.drafted,
             accepted=counts.accepted,
+            drafters={
+                name: Drafted(*map(tuple, zip(*by_depth, strict=True))) for name, by_depth in counts.drafts.items()
+            },
             preemptions=counts.preemptions,
             queued_s=(counts.started or now) - self.submitted,
             first_token_s=(counts.first_token or now) - self.submitted,

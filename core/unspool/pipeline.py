@@ -106,6 +106,7 @@ class Pipeline:
         self.reporters = tuple(p for p in self.plugins if type(p).report is not Plugin.report)
         self.reads_texts = ranks or bool(self.reporters)
         """Somebody looks at hypotheses before they are returned."""
+        self.sharers = tuple(p for p in self.plugins if type(p).share is not Plugin.share)
         self.owners = tuple(p for p in self.plugins if type(p).open is not Plugin.open)
         self.hidden = tuple(sorted({layer for p in self.plugins for layer in p.hidden}))
         self.path_hidden = tuple(sorted({layer for p in self.plugins for layer in p.path_hidden}))
@@ -159,7 +160,7 @@ class Pipeline:
     def key(self) -> str:
         """Name the group: everything but the fields that may differ between the requests of a group."""
         return json.dumps(
-            [(p.name, f"{type(p).__module__}:{type(p).__qualname__}", _group_params(p.params)) for p in self.plugins],
+            [(p.name, f"{type(p).__module__}:{type(p).__qualname__}", group_params(p.params)) for p in self.plugins],
             sort_keys=True,
             default=str,
         )
@@ -177,7 +178,8 @@ def _call(impl: Any) -> Callable[..., Any]:
     return lambda **available: impl.function(**{name: available[name] for name in impl.argnames})
 
 
-def _group_params(params: BaseModel) -> dict[str, Any]:
+def group_params(params: BaseModel) -> dict[str, Any]:
+    """Give the parameters that all requests of a group have in common."""
     return params.model_dump(mode="json", exclude=set(per_request_fields(type(params))))
 
 

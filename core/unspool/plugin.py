@@ -144,6 +144,13 @@ class Plugin:
         """Make the object that `step.own(self)` lists for this request."""
         return None
 
+    def share(self) -> Any:
+        """Make what all requests of an engine have in common, once. They find it in `request.shared[self.name]`.
+
+        For drafters alone, who may learn from other requests: nothing else of a text may depend on them.
+        """
+        return None
+
     def close(self, own: Any, result: Result) -> None:
         """Hear of the request's end (a suffix drafter learns here)."""
 

@@ -95,6 +95,7 @@ class PreparedRequest:
         raw: text prompts stand outside the chat template.
         chat: extra arguments of the chat template.
         provenance: effective config and versions, for the result.
+        shared: what `Plugin.share` made for all requests of the engine, by plugin name.
     """
 
     id: str
@@ -111,6 +112,7 @@ class PreparedRequest:
     raw: bool = False
     chat: Mapping[str, Any] | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    shared: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,19 @@ class Hypothesis:
 
 
 @dataclass(frozen=True)
+class Drafted:
+    """What one drafter guessed in a request.
+
+    Args:
+        run: drafts that were run, by their depth below the branch: the first number is that of depth 1.
+        accepted: those of them that the strategy chose.
+    """
+
+    run: tuple[int, ...] = ()
+    accepted: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Stats:
     """What a request cost.
 
@@ -146,6 +161,7 @@ class Stats:
         new_tokens: tokens in the returned hypotheses.
         drafted: drafts that were run.
         accepted: drafts that the strategy chose.
+        drafters: the same by drafter and depth.
         preemptions: how often it lost its slots and was recomputed.
         queued_s: seconds from submission to its first pass.
         first_token_s: seconds from submission to its first new token.
@@ -159,6 +175,7 @@ class Stats:
     new_tokens: int = 0
     drafted: int = 0
     accepted: int = 0
+    drafters: Mapping[str, Drafted] = field(default_factory=dict)
     preemptions: int = 0
     queued_s: float = 0.0
     first_token_s: float = 0.0

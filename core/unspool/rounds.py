@@ -35,18 +35,21 @@ class Rounds:
         """Hold rounds until nothing goes on."""
         for live in self.group.lives:
             live.accepted = 0
-        if self.pipeline.looks_ahead and self.group.drafts and self._run_ahead():
-            return
-        standing = [(live, branch) for live in self.group.lives for branch in live.branches]
-        round_ = 0
+        standing, round_ = [(live, branch) for live in self.group.lives for branch in live.branches], 0
+        if self.pipeline.looks_ahead and self.group.drafts and (left := self._run_ahead()) is not None:
+            standing, round_ = left, 1
         while standing:
             following: list[Standing] = []
             for decision in self._decisions(Rows.of(standing), round_):
                 following += self.grower.grow(decision, range(len(decision.rows)))
             standing, round_ = following, round_ + 1
 
-    def _run_ahead(self) -> bool:
-        """Hold all rounds at once: one row for each branch on each draft below it, then walk. False: it cannot be."""
+    def _run_ahead(self) -> list[Standing] | None:
+        """Hold all rounds at once: one row for each branch on each draft below it, then walk.
+
+        Returns:
+            Branches that were accepted in streams that were not there before: they had no rows. None: it cannot be.
+        """
         group, parent = self.group, self.group.tree.parent
         below: dict[int, list[int]] = {}
         for node, draft in group.drafts.items():
@@ -66,12 +69,17 @@ class Rounds:
         try:
             decision = self.decider.decide(Rows.at(table), looks_ahead=True)
         except Exception:  # any fault may stand on a row that will turn out not to exist
-            return False
+            return None
+        left: list[Standing] = []
         while start:
-            following = self.grower.grow(decision, start)
-            places = [place.get((live, branch.stream, branch.node)) for live, branch in following]
-            start = [row for row in places if row is not None]
-        return True
+            following, start = self.grower.grow(decision, start), []
+            for live, branch in following:
+                row = place.get((live, branch.stream, branch.node))
+                if row is None:
+                    left.append((live, branch))
+                else:
+                    start.append(row)
+        return left
 
     def _decisions(self, rows: Rows, round_: int) -> list[Decision]:
         """Decide for all requests together; if a hook raises, for each alone, so that only those that fail fail."""

@@ -29,6 +29,8 @@ class Plan:
     ready: list[Live] = field(default_factory=list)
     pieces: list[tuple[Lane, Share]] = field(default_factory=list)
     tokens: int = 0
+    prompts: int = 0
+    """How many of the tokens are recomputed, or of a prompt."""
     draft_budget: int = 0
     """Drafts that may be added below each row."""
 
@@ -126,6 +128,7 @@ class Scheduler:
             if self._make_room(live, left, [*needs, *((lane, share.new_slots(lane)) for lane, share in asked)]):
                 plan.ready.append(live)
                 plan.tokens += whole
+                plan.prompts += before
                 left.tokens = max(0, left.tokens - whole)
             return
         for lane, share in shares:
@@ -136,6 +139,7 @@ class Scheduler:
                 return
             plan.pieces.append((lane, piece))
             plan.tokens += piece.tokens
+            plan.prompts += piece.tokens
             left.tokens -= piece.tokens
             if piece.tokens < len(share.prompt) + len(share.ancestors):
                 return

@@ -231,13 +231,21 @@ class Step:
 
     # ---- drafts -----------------------------------------------------------------------------------------------------
 
-    def draft(self, parents: Tensor | Sequence[int], tokens: Tensor | Sequence[int], q: Tensor | None = None) -> Tensor:
+    def draft(
+        self,
+        parents: Tensor | Sequence[int],
+        tokens: Tensor | Sequence[int],
+        q: Tensor | None = None,
+        confidence: Tensor | Sequence[float] | None = None,
+    ) -> Tensor:
         """Hang drafts: one token below each parent (a row's node, or a draft).
 
         Args:
             parents: `[d]` nodes; -1, or a leaf, takes none.
             tokens: `[d]`.
             q: `[d, vocab]`, the distributions that they were drawn from.
+            confidence: `[d]` in [0, 1], how sure it is that the parent goes on so. With it the core runs those drafts
+                alone that are worth their rows (see `worth.py`: it learns what your confidence means); without it, all.
 
         Returns:
             `[d]` nodes. The same token twice under one parent is one node; -1 where the parent takes none.
@@ -246,8 +254,26 @@ class Step:
             raise LookedAhead
         if not self._may_draft:
             raise RuntimeError("drafts are hung in pre_forward and in select")
-        nodes = self.group.hang(self._caller, _list(parents), _list(tokens), q)
+        sure = None if confidence is None else [float(value) for value in confidence]
+        if sure is not None and not all(0 <= value <= 1 for value in sure):
+            raise ValueError(f"confidence must lie in [0, 1], not {min(sure)} to {max(sure)}")
+        nodes = self.group.hang(self._caller, _list(parents), _list(tokens), q, sure)
         return self._ints(nodes)
+
+    def pays(
+        self, parents: Tensor | Sequence[int], confidence: Tensor | Sequence[float], companion: str | None = None
+    ) -> bool:
+        """Tell whether one more draft below each parent is likely to save more time than it takes (in pre_forward).
+
+        Args:
+            parents: `[d]` nodes; -1 takes none.
+            confidence: `[d]`, how sure you expect to be of each draft.
+            companion: the one that must run the parents before you can hang it.
+        """
+        assert self._caller is not None
+        sure = [float(value) for value in confidence]
+        lane = None if companion is None else self.group.lanes[companion]
+        return self.group.worth.pays(self.group, self._caller.name, _list(parents), sure, lane)
 
     def drafts(self, plugin: Plugin | None = None) -> Drafts:
         """List the drafts just below the rows: all of them, or those that `plugin` hung."""
@@ -261,6 +287,12 @@ class Step:
             ran=torch.tensor([readings is not None and node in readings for node in nodes], dtype=torch.bool),
             q=[self.group.drafts[node].q for node in nodes],
         )
+
+    @property
+    def proposes(self) -> bool:
+        """Tell whether `propose` can answer: the strategy says of each row by itself what it chooses, and at once."""
+        strategy = self.group.pipeline.strategy
+        return strategy.row_local and not strategy.holds
 
     def propose(self, rows: Tensor | Sequence[int], nodes: Tensor | Sequence[int], logits: Tensor) -> Tensor:
         """Say what this pipeline would choose at `nodes` below `rows`, were these the logits.
@@ -277,6 +309,21 @@ class Step:
             `[n]` tokens, -1 at leaves and where nothing would be chosen.
         """
         return self._ints(self.group.propose(self._rows, _list(rows), _list(nodes), logits))
+
+    def transformed(self, rows: Tensor | Sequence[int], nodes: Tensor | Sequence[int], logits: Tensor) -> Tensor:
+        """Say what `select` would see at `nodes` below `rows`, were these the logits: the drafter's q beside its p.
+
+        The same transforms are applied as in `propose`.
+
+        Args:
+            rows: `[n]` row numbers.
+            nodes: `[n]` nodes at or below those rows.
+            logits: `[n, vocab]`.
+
+        Returns:
+            `[n, vocab]` in the working dtype; all -inf at -1 and at leaves.
+        """
+        return self.group.transformed(self._rows, _list(rows), _list(nodes), logits)
 
     # ---- what models say --------------------------------------------------------------------------------------------
 

@@ -143,5 +143,8 @@ def _tell_stats(result: Result) -> None:
     table.add_row("forward passes", f"{stats.forward_passes} ({stats.rows} rows)")
     if stats.drafted:
         table.add_row("drafts", f"{stats.drafted}, {stats.accepted} accepted")
+        for name, drafts in stats.drafters.items():
+            shares = " ".join(f"{right}/{ran}" for ran, right in zip(drafts.run, drafts.accepted, strict=True))
+            table.add_row(f"  {name}", f"{shares} by depth")
     table.add_row("seed", str(result.provenance.get("seed")))
     Console(stderr=True, highlight=False).print(table)

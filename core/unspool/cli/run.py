@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from unspool.cli.request_file import BadLine
     from unspool.cli.result_file import ResultFile
     from unspool.engine import Engine
-    from unspool.request import Request
+    from unspool.request import Request, Stats
 
 
 def run(
@@ -160,7 +160,7 @@ def _decode(engine: Engine, source: BinaryIO, results: ResultFile, run_seed: int
             if isinstance(result.error, Closed):
                 raise result.error  # the engine is gone, and the request is not done
             results.write(result.to_dict(), run_seed)
-            progress.ended(result.stats.new_tokens, failed=result.error is not None)
+            progress.ended(result.stats.new_tokens, failed=result.error is not None, stats=result.stats)
         write_bad()
 
 
@@ -186,13 +186,15 @@ class _Progress:
             MofNCompleteColumn(),
             TextColumn("{task.fields[speed]:.0f} tok/s"),
             TextColumn("{task.fields[failed]} failed"),
+            TextColumn("{task.fields[drafts]}"),
             TimeRemainingColumn(),
             console=self._console,
             disable=not self._console.is_terminal,
             transient=True,
         )
-        self._task = self._bar.add_task("", total=total, speed=0.0, failed=0)
+        self._task = self._bar.add_task("", total=total, speed=0.0, failed=0, drafts="")
         self._done = self._failed = self._tokens = self._skipped = 0
+        self._drafts: dict[str, tuple[int, int]] = {}
         self._started = time.monotonic()
 
     def __enter__(self) -> None:
@@ -205,18 +207,26 @@ class _Progress:
         self._console.print(
             f"{self._done} requests{before}, {self._failed} failed, {self._tokens} tokens, {self._speed():.0f} tok/s"
         )
+        if self._drafts:
+            self._console.print(f"drafts accepted: {self._accepted()}")
 
     def skipped(self) -> None:
         """Count a request that was done in an earlier run."""
         self._skipped += 1
         self._bar.advance(self._task)
 
-    def ended(self, tokens: int, *, failed: bool) -> None:
+    def ended(self, tokens: int, *, failed: bool, stats: Stats | None = None) -> None:
         """Count a request that has ended."""
+        for name, drafts in stats.drafters.items() if stats else ():
+            ran, right = self._drafts.get(name, (0, 0))
+            self._drafts[name] = ran + sum(drafts.run), right + sum(drafts.accepted)
         self._done += 1
         self._failed += failed
         self._tokens += tokens
-        self._bar.update(self._task, advance=1, speed=self._speed(), failed=self._failed)
+        self._bar.update(self._task, advance=1, speed=self._speed(), failed=self._failed, drafts=self._accepted())
+
+    def _accepted(self) -> str:
+        return ", ".join(f"{name} {right} of {ran}" for name, (ran, right) in self._drafts.items())
 
     def _speed(self) -> float:
         return self._tokens / max(time.monotonic() - self._started, 1e-9)

@@ -68,18 +68,18 @@ class KeepHalves(Plugin):
     """Keep what has at least half of the largest probability."""
 
     row_local = True
-    share = 0.5
+    least = 0.5
 
     @hookimpl
     def logits_transform(self, step: Step, logits: Tensor) -> None:
         probs = logits.softmax(-1)
-        logits.masked_fill_(probs < self.share * probs.amax(-1, keepdim=True), -torch.inf)
+        logits.masked_fill_(probs < self.least * probs.amax(-1, keepdim=True), -torch.inf)
 
 
 class KeepThirds(KeepHalves):
     """Keep too much."""
 
-    share = 0.333
+    least = 0.333
 
 
 class Pushes:

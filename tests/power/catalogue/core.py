@@ -84,7 +84,7 @@ HOOKS = (
         "logit_bias",
         "batch_invariance",
         edit(
-            pipeline._group_params,
+            pipeline.group_params,
             'params.model_dump(mode="json", exclude=set(per_request_fields(type(params))))',
             "{}",
         ),

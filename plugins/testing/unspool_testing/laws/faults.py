@@ -10,7 +10,7 @@ from unspool.runner import ModelRunner
 from unspool_testing.case import Asked, Case, circumstances
 from unspool_testing.compare import difference
 from unspool_testing.driver import alone, drive
-from unspool_testing.generators import around, models, requests, schedules
+from unspool_testing.generators import around, bears, models, requests, schedules
 from unspool_testing.known import Known
 from unspool_testing.law import Broken, Law, check_of, lawful_end
 from unspool_testing.runners import MisbehavingRunner
@@ -27,7 +27,10 @@ def _cases(draw: st.DrawFn, subject: Subject) -> Case:
     hook, after = draw(st.sampled_from(["logits_transform", "pre_forward", "stop_check"])), draw(st.integers(0, 2))
     fails, waits = ({"kit_fails": {"hook": hook, "after": length}} for length in (after, NEVER))
     neighbour = Asked(strategy="kit_greedy", plugins=(fails,), prompt=(1,), end_ids=())
-    if subject.name != "kit_fails" and draw(st.booleans()):  # of one group: only a parameter of a request differs
+    alike = Asked(strategy=strategy, plugins=plugins, prompt=(1,))
+    if (
+        subject.name != "kit_fails" and bears(subject.known, alike, fails) and draw(st.booleans())
+    ):  # of one group: only a parameter of a request differs
         neighbour = neighbour.model_copy(update={"strategy": strategy, "plugins": (*plugins, fails)})
         plugins = (*plugins, waits)
     first, second = (draw(requests(subject, model, pipeline=(strategy, plugins))) for _ in range(2))

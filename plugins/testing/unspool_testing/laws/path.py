@@ -17,7 +17,7 @@ from unspool.step import Step
 from unspool_testing.case import Case, circumstances
 from unspool_testing.compare import with_pipeline
 from unspool_testing.driver import drive
-from unspool_testing.generators import models, requests, schedules
+from unspool_testing.generators import bears, models, requests, schedules
 from unspool_testing.known import Known
 from unspool_testing.law import Broken, Law, check_of, lawful_end
 from unspool_testing.subject import Subject
@@ -31,6 +31,8 @@ class Witness(Plugin):
     """Stand last among the plugins, and remember each row as the transforms left it, by request, stream and path."""
 
     row_local = True
+    hidden = (-1,)
+    """So that it does not stand in `propose` and `transformed`, which ask what would be were a drafter the model."""
 
     def __init__(self, params: Any) -> None:
         super().__init__(params)
@@ -104,6 +106,8 @@ def check_path_purity(case: Case, known: Known) -> None:
     keeps = type(subject).initial is not Plugin.initial
     keeper = StateKeeper(subject)
     for drafter in DRAFTERS:
+        if drafter and not bears(known, case.requests[0], drafter):
+            continue
         guesses = [known.plugin({drafter: {"vocab_size": case.model.vocab_size}})] if drafter else []
         watched = with_pipeline(request, Pipeline(pipeline.strategy, [*guesses, *others, witness]))
         with keeper if keeps else nullcontext():

@@ -10,7 +10,7 @@ from unspool_testing.case import Case, circumstances
 from unspool_testing.compare import with_pipeline, with_plugin
 from unspool_testing.drafters import Recall
 from unspool_testing.driver import alone, drive
-from unspool_testing.generators import models, requests, schedules
+from unspool_testing.generators import bears, models, requests, schedules
 from unspool_testing.known import Known
 from unspool_testing.law import Broken, Law, check_of, lawful_end
 from unspool_testing.subject import Subject
@@ -27,7 +27,7 @@ def _cases(draw: st.DrawFn, subject: Subject) -> Case:
         model=model,
         requests=(asked,),
         schedule=draw(schedules(1, cancels=True)),
-        drafter=draw(st.sampled_from([None, "kit_recall"])),
+        drafter=draw(st.sampled_from([None, "kit_recall"])) if bears(subject.known, asked, "kit_recall") else None,
     )
 
 

@@ -1,0 +1,168 @@
+"""Drafters against plain decoding and transformers' prompt lookup, side by side in one run, on the real model.
+
+    python benchmarks/speculation.py [--dtype float32] [--batches 1,8,32] [--prompts 8] [--new 128]
+                                     [--drafters prompt_lookup,suffix] [--data FOLDER] [--json OUT]
+
+Prompts of Spec-Bench (summarisation and retrieval), greedy, up to `--new` tokens each, in chats of the model's own
+template. All sides take turns at the same prompts, so that a change of the machine's speed meets all. A ratio is
+that of two sides' tokens a second; the figure is the median of the rounds, with a 95 % interval by bootstrap.
+transformers' `prompt_lookup_num_tokens` takes one prompt at a time, so it is compared at batch 1 alone. In float32 our
+texts must be the same with drafts and without, and those that are not are counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import unspool
+from unspool.huggingface.load import local_folder
+
+CATEGORIES = ("summarization", "rag")
+PLAIN = "plain"
+THEIRS = "transformers"
+THEIR_LOOKUP = "transformers prompt lookup"
+
+Said = tuple[float, int, list[tuple[int, ...]], int, int]
+"""Seconds, tokens, texts, passes, accepted drafts."""
+
+
+def prompts_of(folder: Path, count: int) -> list[str]:
+    """Give the first prompts, both categories in turn."""
+    lines = (folder / "spec_bench_dev.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    by_kind = [[r["turns"][0] for r in records if r["category"] == kind] for kind in CATEGORIES]
+    return [prompt for pair in zip(*by_kind, strict=False) for prompt in pair][:count]
+
+
+class Ours:
+    """The engine, with the model loaded."""
+
+    def __init__(self, dtype: str, device: str, new: int) -> None:
+        self.engine = unspool.Engine.load("smollm2", dtype=dtype, device=device)
+        self._new = new
+
+    def say(self, prompts: Sequence[str], drafters: Sequence[str]) -> Said:
+        """Decode a batch."""
+        requests = [
+            unspool.Request(prompt=prompt, strategy="greedy", plugins=list(drafters), max_new_tokens=self._new)
+            for prompt in prompts
+        ]
+        start = time.perf_counter()
+        results = sorted(self.engine.run(requests), key=lambda result: int(result.id.rpartition("-")[2]))
+        seconds = time.perf_counter() - start
+        texts = [result.token_ids for result in results]
+        stats = [result.stats for result in results]
+        passes, accepted = sum(s.forward_passes for s in stats), sum(s.accepted for s in stats)
+        return seconds, sum(map(len, texts)), texts, passes, accepted
+
+
+class Theirs:
+    """transformers, with the model loaded."""
+
+    def __init__(self, dtype: str, device: str, new: int, tokenizer: Any) -> None:
+        made = transformers.AutoModelForCausalLM.from_pretrained(local_folder("smollm2"), dtype=getattr(torch, dtype))
+        self._model, self._tokenizer, self._new = made.to(device).eval(), tokenizer, new
+
+    def say(self, prompt: str, lookup: int | None) -> Said:
+        """Decode one prompt."""
+        chat = [{"role": "user", "content": prompt}]
+        ids = self._tokenizer.apply_chat_template(
+            chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        ).to(self._model.device)
+        start = time.perf_counter()
+        more = {} if lookup is None else {"prompt_lookup_num_tokens": lookup}
+        out = self._model.generate(**ids, do_sample=False, max_new_tokens=self._new, pad_token_id=0, **more)
+        seconds = time.perf_counter() - start
+        text = tuple(out[0, ids["input_ids"].shape[1] :].tolist())
+        return seconds, len(text), [text], 0, 0
+
+
+def interval(ratios: Sequence[float]) -> tuple[float, float, float]:
+    """Give the median of some ratios, and its 95 % interval by bootstrap."""
+    chance = random.Random(0)
+    medians = sorted(statistics.median(chance.choices(ratios, k=len(ratios))) for _ in range(2000))
+    return statistics.median(ratios), medians[50], medians[-51]
+
+
+def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Let all sides take turns."""
+    ours = Ours(options.dtype, options.device, options.new)
+    theirs = Theirs(options.dtype, options.device, options.new, ours.engine.tokenizer)
+    sides = {PLAIN: [], **{name: name.split("+") for name in options.drafters.split(",")}}
+    rows = []
+    for batch in options.batches:
+        prompts = prompts_of(options.data, max(options.prompts, batch))
+        rounds = [prompts[i : i + batch] for i in range(0, len(prompts) - batch + 1, batch)]
+        rounds = (rounds * max(options.rounds, 1))[: max(options.rounds, len(rounds) if batch == 1 else 1)]
+        speeds: dict[str, list[float]] = {}
+        counts: dict[str, list[int]] = {}
+        unequal = 0
+        for drafters in sides.values():  # each side learns and warms up on what is not counted
+            ours.say(prompts[-1:], drafters)
+        for round_ in rounds:
+            said = {name: ours.say(round_, drafters) for name, drafters in sides.items()}
+            if batch == 1:
+                said[THEIRS] = theirs.say(round_[0], None)
+                said[THEIR_LOOKUP] = theirs.say(round_[0], options.lookup)
+            for name, (seconds, tokens, texts, passes, accepted) in said.items():
+                speeds.setdefault(name, []).append(tokens / seconds)
+                count = counts.setdefault(name, [0, 0, 0])
+                counts[name] = [a + b for a, b in zip(count, (tokens, passes, accepted), strict=True)]
+                unequal += name in sides and texts != said[PLAIN][2]
+        for name, speed in speeds.items():
+            tokens, passes, accepted = counts[name]
+            row: dict[str, Any] = {"batch": batch, "side": name, "tok/s": round(statistics.median(speed), 2)}
+            for other in (PLAIN, THEIRS, THEIR_LOOKUP):
+                if other in speeds and other != name:
+                    ratios = [a / b for a, b in zip(speed, speeds[other], strict=True)]
+                    row[f"/ {other}"] = [round(value, 2) for value in interval(ratios)]
+            row["tokens a pass"] = round(tokens / passes, 2) if passes else None
+            row["accepted"] = accepted
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+        print(f"batch {batch}: {len(rounds)} rounds, {unequal} of our texts differ from the plain ones", flush=True)
+    return rows
+
+
+def main() -> None:
+    """Run the comparison and print its rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batches", type=lambda text: [int(n) for n in text.split(",")], default=[1, 8, 32])
+    parser.add_argument("--prompts", type=int, default=8, help="prompts at batch 1")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds at larger batches")
+    parser.add_argument("--new", type=int, default=128)
+    parser.add_argument("--lookup", type=int, default=10, help="transformers' prompt_lookup_num_tokens")
+    parser.add_argument("--drafters", default="prompt_lookup,suffix", help="`a+b` is both together")
+    parser.add_argument("--data", type=Path, default=Path(os.environ.get("UNSPOOL_TEST_DATA", "../shared/data")))
+    parser.add_argument("--json", help="write the figures to this file")
+    options = parser.parse_args()
+    transformers.utils.logging.set_verbosity_error()
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "unspool": unspool.__version__,
+        "threads": torch.get_num_threads(),
+    }
+    print(versions)
+    rows = compare(options)
+    if options.json:
+        Path(options.json).write_text(json.dumps({"versions": versions, "rows": rows}, indent=2) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""Drafts are run where they save more time than they take, and never change what is said."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from unspool.pipeline import Pipeline
+from unspool.plugin import Parameters, Plugin, hookimpl
+from unspool.runner import Batch, Output
+from unspool.step import Step
+from unspool.worth import Pace, Record
+from unspool_testing.compare import check_equal, check_speculation
+from unspool_testing.driver import alone, drive, plugin, request
+from unspool_testing.hosts import Likeliest
+from unspool_testing.table import TableModel
+
+
+def learnt(seconds: dict[int, float], passes: int = 40) -> Pace:
+    pace = Pace()
+    for _ in range(passes):
+        for tokens, value in seconds.items():
+            pace.observe(tokens, value)
+    return pace
+
+
+def estimate(pace: Pace, *tokens: int) -> list[float]:
+    return [float(value) for value in pace.seconds(np.array(tokens))]
+
+
+def test_what_is_known_of_a_size_is_its_time_and_between_sizes_it_rises() -> None:
+    pace = learnt({1: 0.03, 8: 0.05, 32: 0.2})
+    assert estimate(pace, 1, 8, 32) == pytest.approx([0.03, 0.05, 0.2], rel=0.02)
+    between = estimate(pace, *range(1, 33))
+    assert between == sorted(between)
+
+
+def test_of_an_unknown_size_the_best_is_thought() -> None:
+    pace = learnt({4: 0.04})
+    assert estimate(pace, 1, 2, 4, 8, 16, 32) == pytest.approx([0.01, 0.02, 0.04, 0.04, 0.08, 0.16])
+    assert estimate(Pace(), 1, 100) == [1.0, 1.0]
+
+
+def test_a_slower_machine_is_slower_at_every_size() -> None:
+    pace = learnt({1: 0.03, 8: 0.06})
+    for _ in range(60):
+        pace.observe(1, 0.06)
+    one, eight = estimate(pace, 1, 8)
+    assert one == pytest.approx(0.06, rel=0.05) and eight > 0.08
+
+
+def test_the_first_pass_of_a_size_and_hiccups_condemn_it_for_no_time() -> None:
+    pace = learnt({1: 0.03})
+    pace.observe(2, 3.0)
+    assert estimate(pace, 2)[0] == pytest.approx(0.03, rel=0.02), "the first says nothing"
+    pace.observe(2, 0.04)
+    assert estimate(pace, 2)[0] == pytest.approx(0.04, rel=0.02)
+    for _ in range(5):
+        pace.observe(2, 0.04)
+    pace.observe(2, 3.0)
+    one, two = estimate(pace, 1, 2)
+    assert two / one == pytest.approx(4 / 3, rel=0.05), "the machine seems slower, and no size more than another"
+
+
+def test_what_has_not_come_for_long_is_unknown_again_and_will_be_tried() -> None:
+    pace = learnt({1: 0.03})
+    pace.observe(2, 3.0)
+    pace.observe(2, 3.0)
+    assert estimate(pace, 2)[0] > 1
+    for _ in range(70):
+        pace.observe(1, 0.03)
+    assert estimate(pace, 2)[0] == pytest.approx(0.03, rel=0.1)
+
+
+def test_a_record_begins_with_what_the_drafter_says_and_ends_with_what_was_true() -> None:
+    record = Record(keep=0.99, fade=0.99)
+    assert record.mean(("a", 1), 0.7) == 0.7
+    for number in range(100):
+        record.note(("a", 1), number % 4 == 0)
+    assert record.mean(("a", 1), 0.7) == pytest.approx(0.25, abs=0.06)
+    for _ in range(1000):
+        record.age()
+    assert record.mean(("a", 1), 0.7) == pytest.approx(0.7, abs=0.01), "what was long ago is forgotten"
+
+
+class Hopeful(Plugin):
+    """Hang the same chain below every row, with the confidence that it is told."""
+
+    row_local = True
+
+    class Params(Parameters):
+        tokens: tuple[int, ...]
+        confidence: float | None = 0.9
+
+    @hookimpl
+    def pre_forward(self, step: Step) -> None:
+        nodes, sure = step.node, self.params.confidence
+        for token in self.params.tokens:
+            nodes = step.draft(nodes, [token] * len(nodes), None, None if sure is None else [sure] * len(nodes))
+
+
+SAME: dict[tuple[int, ...], list[float]] = {(): [0.0, -9.0, -9.0, 9.0]}
+"""Whatever stands before it, 3 follows."""
+
+
+def hopeful(tokens: tuple[int, ...], confidence: float | None = 0.9) -> tuple[Pipeline, Pipeline]:
+    plain = Pipeline(plugin(Likeliest))
+    return plain, Pipeline(plain.strategy, [plugin(Hopeful, tokens=tokens, confidence=confidence)])
+
+
+class Linear(TableModel):
+    """A model that takes its time, by a clock of its own: as much for every token."""
+
+    now = 0.0
+
+    def forward(self, batch: Batch) -> Output:
+        Linear.now += len(batch.token_ids)
+        return super().forward(batch)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unspool.loop.time", SimpleNamespace(perf_counter=lambda: Linear.now))
+
+
+@pytest.mark.usefixtures("clock")
+def test_right_guesses_pay_and_wrong_ones_are_given_up_where_each_row_takes_its_time() -> None:
+    plain, wrong = hopeful((1, 1, 1, 1))
+    asked = request(plain, (2,), max_new_tokens=60, end_ids=())
+    result = check_speculation(Linear(4, table=SAME), asked, plain, wrong)
+    assert result.stats.accepted == 0 and result.stats.drafted < 60, "of 240 that were hung"
+    _, right = hopeful((3, 3, 3, 3))
+    result = alone(TableModel(4, table=SAME), [request(right, (2,), max_new_tokens=60, end_ids=())])[0]
+    assert result.stats.forward_passes < 30 and result.stats.accepted > 30
+
+
+@pytest.mark.usefixtures("clock")
+def test_without_a_confidence_all_drafts_are_run_whatever_they_cost() -> None:
+    plain, wrong = hopeful((1, 1, 1, 1), None)
+    asked = request(plain, (2,), max_new_tokens=20, end_ids=())
+    assert check_speculation(Linear(4, table=SAME), asked, plain, wrong).stats.drafted >= 4 * 15
+
+
+def test_a_confidence_outside_its_bounds_is_a_fault_of_the_drafter() -> None:
+    _, bold = hopeful((1,), 1.5)
+    result = alone(TableModel(4), [request(bold)])[0]
+    assert "confidence must lie in [0, 1]" in str(result.error) and "'hopeful' failed in pre_forward" in str(
+        result.error
+    )
+
+
+def test_counts_by_drafter_and_depth_add_up() -> None:
+    _, right = hopeful((3, 3, 1), None)
+    result = alone(TableModel(4, table=SAME), [request(right, (2,), max_new_tokens=30, end_ids=())])[0]
+    drafts = result.stats.drafters["hopeful"]
+    assert sum(drafts.run) == result.stats.drafted and sum(drafts.accepted) == result.stats.accepted
+    assert drafts.accepted[2] == 0 < drafts.accepted[1] == drafts.accepted[0]
+    assert result.to_dict()["stats"]["drafters"]["hopeful"]["run"] == drafts.run
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_draft_below_which_another_hangs_for_certain_is_kept() -> None:
+    class Below(Hopeful):
+        pass
+
+    plain = Pipeline(plugin(Likeliest))
+    both = Pipeline(plain.strategy, [plugin(Hopeful, tokens=(1, 1)), plugin(Below, tokens=(1, 1, 1), confidence=None)])
+    asked = request(plain, (2,), max_new_tokens=20, end_ids=())
+    result = check_speculation(Linear(4, table=SAME), asked, plain, both)
+    assert result.stats.drafters["hopeful"].run[0] >= 15
+
+
+def test_one_request_learns_nothing_that_changes_another() -> None:
+    model = TableModel(4, seed=2)
+    _, wrong = hopeful((1, 2, 3))
+    asked = [request(wrong, (2, i), max_new_tokens=20, end_ids=(), seed=i) for i in range(4)]
+    for one, other in zip(alone(model, asked), drive(model, asked), strict=True):
+        check_equal(one, other)
