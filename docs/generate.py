@@ -66,6 +66,7 @@ of searches are compared on tables in which no two paths agree, so that rounding
 REQUIRED: dict[str, dict[str, Any]] = {
     "bad_words": {"sequences": [[0]]},
     "begin_suppress_tokens": {"token_ids": [0]},
+    "choices": {"choices": ["yes", "no"]},
     "constrained_beam": {"phrases": [[0]]},
     "contrastive_decoding": {"layers": 1},
     "dola": {"layers": [1]},
@@ -73,12 +74,16 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "exponential_decay_length_penalty": {"start": 1, "factor": 1.1},
     "forced_bos": {"token_ids": [0]},
     "forced_eos": {"token_ids": [0]},
+    "grammar": {"grammar": 'root ::= "a"'},
     "green_list": {"key": 1},
+    "json_schema": {"schema": {"type": "integer"}},
     "layer_skip": {"layers": 1},
     "logit_bias": {"biases": {0: 1.0}},
+    "regex": {"pattern": "a"},
     "rejection": {"layers": 1},
     "sequence_bias": {"sequences": [[[0], 1.0]]},
     "suppress_tokens": {"token_ids": [0]},
+    "tagged": {"tags": [{"begin": "<", "end": ">", "regex": "a+"}]},
     "tournament": {"key": 1},
 }
 """Plugin -> what it has no default for."""

@@ -208,6 +208,11 @@ class Result:
         """Give the best hypothesis's new token ids."""
         return self.hypotheses[0].token_ids
 
+    @property
+    def parsed(self) -> Any:
+        """Give the best hypothesis's text as the value that a plugin parsed it to; None where none did, or could."""
+        return next((report["parsed"] for report in self.reports.values() if "parsed" in report), None)
+
     def to_dict(self) -> dict[str, Any]:
         """Give the record that `--json` prints and `unspool run` writes."""
         record: dict[str, Any] = {

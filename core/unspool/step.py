@@ -114,6 +114,11 @@ class Step:
         """List the requests that have rows."""
         return [live.request for live in self._rows.lives]
 
+    @property
+    def vocab_size(self) -> int:
+        """Say how many token ids the model knows."""
+        return self.group.vocab_size
+
     @cached_property
     def request(self) -> Tensor:
         """Give each row's index into `requests`: `[rows]`."""

@@ -138,6 +138,11 @@ class Detokenizer:
         """Take away the space with which a word piece begins, where a text begins."""
         return text[1:] if self._spelling.strips and text.startswith(" ") else text
 
+    @property
+    def spellings(self) -> Sequence[bytes] | None:
+        """List the bytes of every token id, none for a special token; None where tokens have no fixed bytes."""
+        return self._table
+
     @cached_property
     def _table(self) -> list[bytes] | None:
         return self._spelling.table

@@ -26,6 +26,7 @@ from unspool.runner import ModelRunner
 from unspool_testing.compare import with_pipeline, with_plugin
 from unspool_testing.driver import Circumstances, least_slots, request
 from unspool_testing.known import Known, Spec
+from unspool_testing.letters import letters
 from unspool_testing.networks import ARCHITECTURES, tiny_model
 from unspool_testing.table import Path, TableModel
 
@@ -100,8 +101,9 @@ class Asked(_Part):
 
     def prepared(self, known: Known, id_: str = "0") -> PreparedRequest:
         """Make it ready for the loop, or raise a `ConfigError`."""
+        pipeline = known.pipeline(self.strategy, self.plugins)
         return request(
-            known.pipeline(self.strategy, self.plugins),
+            pipeline,
             self.prompt,
             max_new_tokens=self.max_new_tokens,
             min_new_tokens=self.min_new_tokens,
@@ -110,6 +112,8 @@ class Asked(_Part):
             n=self.n,
             logprobs=self.logprobs,
             id=id_,
+            # Constraints read texts. All others are shown ids alone: what has no text of its own is a number then.
+            tokenizer=letters() if any(plugin.constraint for plugin in pipeline.plugins) else None,
         )
 
 

@@ -192,7 +192,7 @@ def _peak(runner: ModelRunner, request: PreparedRequest, models: Models) -> int:
 
 def _without_guesses(request: PreparedRequest) -> PreparedRequest | None:
     pipeline = request.pipeline
-    rest = [plugin for plugin in pipeline.plugins[:-1] if not hasattr(plugin, "pre_forward")]
+    rest = [plugin for plugin in pipeline.plugins[:-1] if plugin.constraint or not hasattr(plugin, "pre_forward")]
     if len(rest) == len(pipeline.plugins) - 1:
         return None
     return replace(request, pipeline=Pipeline(pipeline.strategy, rest))

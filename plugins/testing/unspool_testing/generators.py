@@ -174,10 +174,12 @@ def requests(
 
 
 def _is_taken(asked: Asked, known: Known) -> bool:
-    """Tell whether a strategy takes a request: what it refuses is no case of any law."""
+    """Tell whether all plugins take a request: what one of them refuses is no case of any law."""
     try:
         prepared = asked.prepared(known)
         prepared.pipeline.strategy.start(prepared)
+        for plugin in prepared.pipeline.stateful:
+            plugin.initial(prepared)
     except InputError:
         return False
     return True

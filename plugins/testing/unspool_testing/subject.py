@@ -93,8 +93,8 @@ class Subject:
 
     @property
     def drafts(self) -> bool:
-        """Tell whether it is a drafter: it guesses, and does not choose."""
-        return self.has("pre_forward") and not self.is_strategy
+        """Tell whether it is a drafter: it guesses, and neither chooses nor forbids."""
+        return self.has("pre_forward") and not self.is_strategy and not self.kind.constraint
 
     @property
     def has_state(self) -> bool:

@@ -30,7 +30,7 @@ class SelfConsistency:
     @staticmethod
     def score(params: Any, request: Any, tokens: Text, finish_reason: str, logprobs: Sequence[float]) -> float | None:
         """Know of a sample that votes alone that it has all votes, if it has an answer: a table's texts are numbers."""
-        if params.samples > 1 or params.pattern is not None:
+        if params.samples > 1 or params.pattern is not None or request.tokenizer is not None:
             return None
         return float(_has_a_text(tokens, finish_reason))
 
@@ -41,7 +41,7 @@ class MinimumBayesRisk:
     @staticmethod
     def score(params: Any, request: Any, tokens: Text, finish_reason: str, logprobs: Sequence[float]) -> float | None:
         """Know of a sample that is alone that it is of all use to itself; chrF knows nothing of an empty text."""
-        if params.samples > 1 or params.utility not in ("exact", "token_f1", "chrf"):
+        if params.samples > 1 or params.utility not in ("exact", "token_f1", "chrf") or request.tokenizer is not None:
             return None
         return float(_has_a_text(tokens, finish_reason) or params.utility != "chrf")
 

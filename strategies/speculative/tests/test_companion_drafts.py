@@ -104,6 +104,15 @@ def test_layers_guess_for_their_own_model_and_all_layers_are_always_right() -> N
             assert stats.accepted == stats.drafted > 0
 
 
+def test_a_small_model_and_the_first_layers_guess_side_by_side() -> None:
+    plain = Pipeline(plugin(Sample))
+    both = with_plugin(with_plugin(plain, draft_model("other", length=2)), plugin(LayerSkip, layers=1, adapt=False))
+    stats = check_speculation(
+        TARGET, request(plain, (1, 2), max_new_tokens=9, end_ids=()), plain, both, models=MODELS
+    ).stats
+    assert stats.drafters.keys() == {"draftmodel", "layerskip"}
+
+
 def test_more_layers_than_there_are_and_another_vocabulary_are_refused() -> None:
     plain = Pipeline(plugin(Likeliest))
     with pytest.raises(ConfigError, match=r"99 layers: 1 to \d are there"):

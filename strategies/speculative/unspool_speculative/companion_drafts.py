@@ -19,8 +19,6 @@ from unspool.plugin import Parameters, Plugin, hookimpl
 if TYPE_CHECKING:
     from unspool.step import Step
 
-DRAFT = "draft"
-"""The companion's name."""
 LIKELY = 0.75
 """How sure of its next draft the companion is taken to be before it has run."""
 
@@ -47,9 +45,9 @@ class CompanionDrafts(Plugin):
         for _ in range(params.length):
             room = (nodes >= 0) & (hung[rows] < budget[rows])
             rows, nodes, chance = rows[room], nodes[room], chance[room]
-            if not len(nodes) or (params.adapt and not step.pays(nodes, [LIKELY] * len(nodes), DRAFT)):
+            if not len(nodes) or (params.adapt and not step.pays(nodes, [LIKELY] * len(nodes), self.name)):
                 return
-            logits = step.companion(DRAFT, nodes)
+            logits = step.companion(self.name, nodes)
             token = self._choose(step, rows, nodes, logits)  # [nodes, width], what it would choose first
             p = logits.to(torch.float64).softmax(dim=-1).gather(1, token.clamp(min=0))
             sure = p / 2  # of alternatives; what it would choose itself is likelier than its probability

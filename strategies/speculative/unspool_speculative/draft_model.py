@@ -18,7 +18,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from unspool.plugin import Companion
-from unspool_speculative.companion_drafts import DRAFT, CompanionDrafts
+from unspool_speculative.companion_drafts import CompanionDrafts
 
 
 class DraftModel(CompanionDrafts):
@@ -36,4 +36,4 @@ class DraftModel(CompanionDrafts):
 
     def companions(self) -> Mapping[str, Companion]:
         """Ask for the model."""
-        return {DRAFT: Companion(model=self.params.model)}
+        return {self.name: Companion(model=self.params.model)}

@@ -17,7 +17,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from unspool.plugin import Companion
-from unspool_speculative.companion_drafts import DRAFT, CompanionDrafts
+from unspool_speculative.companion_drafts import CompanionDrafts
 
 
 class LayerSkip(CompanionDrafts):
@@ -31,4 +31,4 @@ class LayerSkip(CompanionDrafts):
 
     def companions(self) -> Mapping[str, Companion]:
         """Ask for the first layers."""
-        return {DRAFT: Companion(layers=self.params.layers)}
+        return {self.name: Companion(layers=self.params.layers)}

@@ -31,7 +31,6 @@ from torch.nn.functional import one_hot
 from unspool import noise
 from unspool.hooks import Growth
 from unspool.plugin import Companion, Parameters, Plugin, hookimpl
-from unspool_speculative.companion_drafts import DRAFT
 from unspool_speculative.prompt_lookup import PromptLookup, follow, longest_match
 
 if TYPE_CHECKING:
@@ -80,7 +79,7 @@ class Rejection(Plugin):
         """Ask for the draft model."""
         if self.params.drafter is not None:
             return {}
-        return {DRAFT: Companion(model=self.params.model, layers=self.params.layers)}
+        return {self.name: Companion(model=self.params.model, layers=self.params.layers)}
 
     def refuse(self, pipeline: Pipeline) -> str | None:
         """Refuse other drafters."""
@@ -111,7 +110,7 @@ class Rejection(Plugin):
         """Draw from the draft model: (row, node, what was drawn there)."""
         rows, nodes = torch.arange(len(step.node), device=step.node.device), step.node
         for depth in range(self.params.length):
-            logits = step.transformed(rows, nodes, step.companion(DRAFT, nodes))
+            logits = step.transformed(rows, nodes, step.companion(self.name, nodes))
             alive = logits.amax(dim=-1).isfinite()  # below an end or a limit nothing follows
             rows, nodes, logits = rows[alive], nodes[alive], logits[alive]
             if not len(rows):

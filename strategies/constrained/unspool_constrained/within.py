@@ -1,0 +1,59 @@
+"""Keeping a budget: near its end, only tokens after which the text can still be completed.
+
+Let r be how many tokens may still come, and w the way to the end from a row. While r >= |w| + 2 + SLACK nothing is
+done. Then a token is allowed if it is the next one of w, or if w still leads to the end after it and r >= |w| + 2. Of
+the tokens that the language allows, the `LIKELIEST` are tried so; all others are forbidden there.
+
+An end takes one token, so a way of |w| tokens needs r >= |w| + 1, and each token that is allowed keeps that true. What
+can break it is one token, taken before, that obliges the text to more than SLACK tokens at once; and a language in
+which no way is found. Costs a walk along w for each token that is tried, on the last stretch alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from unspool_constrained.place import Place
+
+if TYPE_CHECKING:
+    from unspool.step import Step
+
+SLACK = 24
+"""How many tokens before the last moment the stretch begins in which tokens are tried."""
+LIKELIEST = 48
+"""Tokens that are tried at each place of it."""
+
+
+def keep_within(step: Step, places: Sequence[Place], logits: Tensor, allowed: Tensor) -> None:
+    """Forbid, in `allowed` `[rows, vocab]` in place, tokens after which the text could not be completed in time."""
+    lengths, numbers = step.length.tolist(), step.request.tolist()
+    for row, (place, length, number) in enumerate(zip(places, lengths, numbers, strict=True)):
+        way = place.way()
+        room = step.requests[number].limits.max_new_tokens - length
+        if way is None or not len(way) + 1 <= room < len(way) + 2 + SLACK:
+            continue
+        ends = [end for end in step.requests[number].end_ids if end < allowed.shape[1]]
+        kept = torch.zeros_like(allowed[row])
+        good = _in_time(place, way, room, logits[row], allowed[row])
+        kept[[token for token in good if token < len(kept)]] = True
+        kept[ends] = allowed[row, ends]
+        allowed[row] &= kept
+
+
+def _in_time(place: Place, way: tuple[int, ...], room: int, logits: Tensor, allowed: Tensor) -> list[int]:
+    """List tokens after which the text can still be completed in time."""
+    good = list(way[:1])
+    if room < len(way) + 2:
+        return good
+    assert place.finder is not None
+    masked = logits.masked_fill(~allowed, -torch.inf)
+    best = masked.topk(min(LIKELIEST, len(masked)))
+    for token in best.indices[best.values > -torch.inf].tolist():
+        after = place.position.advance(token)
+        if after is not None and place.finder.leads(after, way) is not None:
+            good.append(token)
+    return good
