@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from power.catalogue import beam, beam_variants, contrastive, core, kit, many, penalties, sampling, watermark
+from power.catalogue import (
+    beam,
+    beam_variants,
+    contrastive,
+    core,
+    kit,
+    many,
+    penalties,
+    sampling,
+    speculation,
+    watermark,
+)
 from power.fault import Fault
 
 FAULTS: tuple[Fault, ...] = (
@@ -12,6 +23,7 @@ FAULTS: tuple[Fault, ...] = (
     *beam_variants.FAULTS,
     *contrastive.FAULTS,
     *many.FAULTS,
+    *speculation.FAULTS,
     *watermark.FAULTS,
     *kit.FAULTS,
     *core.FAULTS,

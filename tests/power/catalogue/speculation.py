@@ -1,0 +1,23 @@
+"""Faults in drafters, in `rejection`, and in what the core makes of drafts."""
+
+from __future__ import annotations
+
+from power.fault import Fault, fault
+from power.slips import edit
+from unspool.rounds import Rounds
+from unspool_speculative.rejection import Rejection
+
+FAULTS: tuple[Fault, ...] = (
+    fault(
+        "drafts of one request are judged as another's",
+        "rejection",
+        "batch_invariance",
+        edit(Rejection.select, "owns[request].get((stream, node))", "owns[0].get((stream, node))"),
+    ),
+    fault(
+        "branches of new streams wait though they have run",
+        "kit_chains",
+        "cost",
+        edit(Rounds._run_ahead, "left.append((live, branch))", "pass"),
+    ),
+)
