@@ -8,7 +8,8 @@ take, and keeps the drafts with which the batch makes the most tokens a second:
     kept           =  the k likeliest,   k = argmax over k of  (branches + their chances) / seconds(tokens + k)
 
 At a small batch a step's time hardly grows with its tokens, and long guesses pay; at a large one each row costs what it
-takes, and only near certainties do. None of this can change a text: what is chosen never depends on a draft.
+takes, and only near certainties do. None of this can change a text: what is chosen never depends on a draft
+(docs/decisions/drafts-worth-their-rows.md).
 """
 
 from __future__ import annotations
