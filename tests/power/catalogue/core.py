@@ -332,6 +332,7 @@ SLOTS = (
             "live.counts.preemptions += 1\n"
             "        live.own = {p.name: p.open(live.request) for p in live.request.pipeline.owners}",
         ),
+        ration=6,
     ),
     fault(
         "a preempted request keeps what its rows held",

@@ -16,7 +16,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     fault(
         "branches of new streams wait though they have run",
-        "kit_chains",
+        "lookahead",
         "cost",
         edit(Rounds._run_ahead, "left.append((live, branch))", "pass"),
     ),
