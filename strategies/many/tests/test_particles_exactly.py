@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -20,10 +20,10 @@ from torch import Tensor
 from unspool.errors import DeadEnd
 from unspool.pipeline import Pipeline
 from unspool.plugin import Plugin
-from unspool.request import Result
 from unspool_many import particles as module
 from unspool_many.particles import Particles, Resampling
 from unspool_sample.temperature import Temperature
+from unspool_testing import walk as walks
 from unspool_testing.driver import alone, plugin, request
 from unspool_testing.enumeration import enumerate_texts
 from unspool_testing.hosts import Bias, NoDoubles
@@ -33,46 +33,12 @@ Text = tuple[int, ...]
 REAL_ANCESTORS = module.ancestors
 
 
-@dataclass
-class Walk:
-    """All ways that choices can go, depth first: a run is repeated with the next outcome of its last choice."""
-
-    script: list[tuple[int, int]] = field(default_factory=list)
-    """Of each choice of the present run: which outcome, and how many there are."""
-    place: int = 0
-    probability: float = 1.0
-
-    def choose(self, probabilities: Sequence[float]) -> int:
-        """Choose among outcomes, none of them of probability 0."""
-        if self.place == len(self.script):
-            self.script.append((0, len(probabilities)))
-        outcome, _ = self.script[self.place]
-        self.place += 1
-        self.probability *= probabilities[outcome]
-        return outcome
-
-    def runs(self, run: Callable[[], Result]) -> Iterator[tuple[float, Result]]:
-        """Give the result of each way, with its probability."""
-        while True:
-            self.place, self.probability = 0, 1.0
-            result = run()
-            yield self.probability, result
-            while self.script and self.script[-1][0] + 1 == self.script[-1][1]:
-                self.script.pop()
-            if not self.script:
-                return
-            outcome, count = self.script[-1]
-            self.script[-1] = outcome + 1, count
-
-    # What stands in for the strategy's own draws.
+class Walk(walks.Walk):
+    """All ways that draws of tokens and of ancestors can go."""
 
     def draw(self, logits: Tensor, keys: Tensor) -> Tensor:
         assert len(set(keys.tolist())) == len(keys), "each particle draws for itself"
-        tokens = []
-        for row in logits.softmax(-1).tolist():
-            possible = [token for token, probability in enumerate(row) if probability > 0]
-            tokens.append(possible[self.choose([row[token] for token in possible])])
-        return torch.tensor(tokens)
+        return super().draw(logits, keys)
 
     def ancestors(self, weights: Tensor, uniform: Tensor, how: Resampling) -> Tensor:
         """Let the real function draw, with a number from each piece of (0, 1) on which its answer is the same."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -22,7 +22,6 @@ from torch import Tensor
 from unspool.errors import ConfigError
 from unspool.pipeline import Pipeline
 from unspool.plugin import Plugin, hookimpl
-from unspool.request import Result
 from unspool.step import Step
 from unspool_sample.mirostat import Mirostat
 from unspool_sample.temperature import Temperature
@@ -31,6 +30,7 @@ from unspool_sample.xtc import Xtc
 from unspool_speculative import rejection as module
 from unspool_speculative.prompt_lookup import PromptLookup
 from unspool_speculative.rejection import Rejection, accepts, residual
+from unspool_testing import walk as walks
 from unspool_testing.compare import check_batch, texts
 from unspool_testing.driver import GOOD, Circumstances, alone, drive, least_slots, plugin, request
 from unspool_testing.enumeration import Transform, enumerate_texts
@@ -46,46 +46,11 @@ MODELS = {f"other {vocab}": TableModel(vocab, seed=9, memory=1) for vocab in (2,
 
 
 @dataclass
-class Walk:
-    """All ways that chance can go, depth first: a run is repeated with the next outcome of its last choice."""
+class Walk(walks.Walk):
+    """All ways that draws and judgements can go."""
 
-    script: list[tuple[int, int]] = field(default_factory=list)
-    """Of each choice of the present run: which outcome, and how many there are."""
-    place: int = 0
-    probability: float = 1.0
     judged: bool = False
     """Some draft was accepted or rejected."""
-
-    def choose(self, probabilities: Sequence[float]) -> int:
-        """Choose among outcomes, none of them of probability 0."""
-        if self.place == len(self.script):
-            self.script.append((0, len(probabilities)))
-        outcome, _ = self.script[self.place]
-        self.place += 1
-        self.probability *= probabilities[outcome]
-        return outcome
-
-    def runs(self, run: Callable[[], Result]) -> Iterator[tuple[float, Result]]:
-        """Give the result of each way, with its probability."""
-        while True:
-            self.place, self.probability = 0, 1.0
-            result = run()
-            yield self.probability, result
-            while self.script and self.script[-1][0] + 1 == self.script[-1][1]:
-                self.script.pop()
-            if not self.script:
-                return
-            outcome, count = self.script[-1]
-            self.script[-1] = outcome + 1, count
-
-    # What stands in for the strategy's own draws.
-
-    def draw(self, logits: Tensor, keys: Tensor) -> Tensor:
-        tokens = []
-        for row in logits.softmax(-1).tolist():
-            possible = [token for token, probability in enumerate(row) if probability > 0]
-            tokens.append(possible[self.choose([row[token] for token in possible])])
-        return torch.tensor(tokens, dtype=torch.int64)
 
     def accepts(self, p: Tensor, q: Tensor, uniform: Tensor) -> Tensor:
         """Let the real function decide, with a number from each side of p / q."""
