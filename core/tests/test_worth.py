@@ -122,7 +122,7 @@ class Linear(TableModel):
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unspool.loop.time", SimpleNamespace(perf_counter=lambda: Linear.now))
+    monkeypatch.setattr("unspool.drafting.time", SimpleNamespace(perf_counter=lambda: Linear.now))
 
 
 @pytest.mark.usefixtures("clock")

@@ -1,7 +1,7 @@
 """The core loop: one step moves every live request on, whatever its strategy.
 
     cancel, admit, preempt, choose      the scheduler (`schedule.py`)
-    pre_forward                         plugins hang drafts below branches
+    pre_forward                         plugins hang drafts below branches (`drafting.py`)
     the pass                            all nodes not yet run, of all requests, in one packed forward (`forward.py`)
     rounds                              logits_transform, select, stop_check (`decide.py`), grow (`grow.py`)
     prune                               what no branch needs is free; who has no branch has ended (`lifecycle.py`)
@@ -11,13 +11,11 @@ The loop knows no strategy. It is not thread-safe: `engine.py` gives it a thread
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 
-from unspool.errors import PluginError, UnspoolError
+from unspool.drafting import Drafting
 from unspool.forward import Forward
 from unspool.group import Group
-from unspool.lane import NoSlots
 from unspool.lanes import Lanes
 from unspool.lifecycle import Lifecycle
 from unspool.live import Live
@@ -25,11 +23,9 @@ from unspool.request import PreparedRequest
 from unspool.rounds import Rounds
 from unspool.runner import ModelRunner
 from unspool.schedule import Plan, Scheduler, Short
-from unspool.step import Step
 from unspool.stop_text import StopText
 from unspool.text import Detokenizer
 from unspool.trace import Recorder
-from unspool.worth import Worth
 
 
 class Loop:
@@ -66,7 +62,7 @@ class Loop:
         self._stop_text = StopText(self.tree, detokenizer)
         self._lifecycle = Lifecycle(self.main, self.scheduler, finished, detokenizer)
         self._forward = Forward(self.main, self.scheduler, self._lifecycle.fail)
-        self._worth = Worth()
+        self._drafting = Drafting(self._forward, self._lifecycle.fail)
         self._progressed = progressed
 
     def submit(self, request: PreparedRequest) -> Live:
@@ -97,18 +93,11 @@ class Loop:
         self.tree.recycle()
         plan = self._plan()
         groups = self._groups(plan)
-        drafting = any(group.pipeline.drafts for group in groups)
-        if drafting:
-            self._worth.begin(plan, groups)
-            for group in groups:
-                self._hang_drafts(plan, groups, group)
-            self._worth.keep_the_best()
-        start = time.perf_counter()
+        self._drafting.hang(plan, groups)
         self._forward.run(plan, groups)
         for group in groups:
             Rounds(group, self._lifecycle.fail, self._stop_text).run()
-        if drafting:
-            self._worth.learn(plan, time.perf_counter() - start)
+        self._drafting.learn(plan)
         for group in groups:
             if group.recorder:
                 group.recorder.prune(group)
@@ -137,52 +126,7 @@ class Loop:
         for lives in by_key.values():
             first = lives[0].request
             lanes = self.lanes.of(first)
-            groups.append(Group(first.pipeline, lives, self.main, lanes, budget, most, self._worth, recorder))
+            groups.append(Group(first.pipeline, lives, self.main, lanes, budget, most, self._drafting.worth, recorder))
         if recorder:
             recorder.step(self.steps, groups)
         return groups
-
-    def _hang_drafts(self, plan: Plan, groups: Sequence[Group], group: Group) -> None:
-        """Call pre_forward for the group; if a plugin raises, for each request alone, so that only its own fail."""
-        if not group.pipeline.drafts:
-            return
-        try:
-            self._hang(plan, groups, group, group.lives)
-        except Exception:
-            for live in group.lives:
-                group.forget_drafts_of(live)
-            for live in list(group.lives):
-                try:
-                    self._hang(plan, groups, group, [live])
-                except Exception as error:
-                    group.forget_drafts_of(live)
-                    self._lifecycle.fail(live, error)
-            group.lives = [live for live in group.lives if live.result is None]
-        group.trim()
-
-    def _hang(self, plan: Plan, groups: Sequence[Group], group: Group, lives: Sequence[Live]) -> None:
-        """Call pre_forward for requests of a group. If a companion is short of slots, guesses do without it.
-
-        A strategy's own drafts do not: others make way for them.
-        """
-        while lives := [live for live in lives if live in group.lives]:
-            try:
-                self._call_pre_forward(group, Step(group, group.rows(lives)))
-                return
-            except NoSlots as short:
-                for live in lives:
-                    group.forget_drafts_of(live)
-                if not hasattr(group.pipeline.strategy, "pre_forward"):
-                    return
-                self._forward.make_way(plan, groups, short.cache, short.need)
-
-    @staticmethod
-    def _call_pre_forward(group: Group, step: Step) -> None:
-        for plugin, hook in group.pipeline.implementations("pre_forward"):
-            step.calls_for(plugin)
-            try:
-                hook(step=step)
-            except (UnspoolError, NoSlots):
-                raise
-            except Exception as error:
-                raise PluginError(plugin.name, "pre_forward", f"{type(error).__name__}: {error}") from error
