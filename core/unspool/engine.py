@@ -181,7 +181,7 @@ class Engine:
             loaded.tokenizer,
             config=defaults,
             generation=generation_fields(loaded.generation_config or {}),
-            models=lambda name: _companion(load(name, **like), loaded),
+            models=lambda name: load(name, **like).beside(loaded),
             worker=worker,
             **settings,
         )
@@ -640,26 +640,6 @@ class Engine:
         assert live.result is not None
         if handle is not None:
             handle.finish(live.result)
-
-
-def _companion(companion: LoadedModel, target: LoadedModel) -> ModelRunner:
-    """Give a companion's runner, if it reads token ids as the target does.
-
-    Raises:
-        ConfigError: its tokenizer is another one.
-    """
-    if companion.tokenizer is not None and target.tokenizer is not None:
-        theirs, own = (
-            {number: token for token, number in t.get_vocab().items()} for t in (companion.tokenizer, target.tokenizer)
-        )
-        for number in sorted(theirs.keys() | own.keys()):
-            if theirs.get(number) != own.get(number):
-                reason = (
-                    f"{companion.name} has another tokenizer than {target.name}: token {number} is "
-                    f"{theirs.get(number)!r} there and {own.get(number)!r} here"
-                )
-                raise ConfigError([Problem("companion", reason)])
-    return companion.runner
 
 
 def _settings(base: EngineSettings, given: Mapping[str, Any]) -> EngineSettings:

@@ -20,7 +20,7 @@ from transformers import (
     TorchAoConfig,
 )
 
-from unspool.errors import InputError, ModelError
+from unspool.errors import ConfigError, InputError, ModelError, Problem
 from unspool.huggingface import gguf
 from unspool.huggingface.bars import no_bars
 from unspool.huggingface.hub import check_reachable
@@ -51,6 +51,25 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase | None
     generation_config: GenerationConfig
     name: str
+
+    def beside(self, target: LoadedModel) -> HuggingFaceRunner:
+        """Give the runner of a companion of `target`, if it reads token ids as that does.
+
+        Raises:
+            ConfigError: its tokenizer is another one.
+        """
+        if self.tokenizer is not None and target.tokenizer is not None:
+            theirs, own = (
+                {number: token for token, number in t.get_vocab().items()} for t in (self.tokenizer, target.tokenizer)
+            )
+            for number in sorted(theirs.keys() | own.keys()):
+                if theirs.get(number) != own.get(number):
+                    reason = (
+                        f"{self.name} has another tokenizer than {target.name}: token {number} is "
+                        f"{theirs.get(number)!r} there and {own.get(number)!r} here"
+                    )
+                    raise ConfigError([Problem("companion", reason)])
+        return self.runner
 
 
 @no_bars
