@@ -131,6 +131,7 @@ def _decode(engine: Engine, source: BinaryIO, results: ResultFile, run_seed: int
     from unspool.cli.request_file import BadLine, read_requests
     from unspool.errors import Closed
     from unspool.noise import derive_seed
+    from unspool.request import Stats
 
     bad: deque[BadLine] = deque()
     done, bad_before = frozenset(results.ids), frozenset(results.bad_lines)
@@ -152,7 +153,7 @@ def _decode(engine: Engine, source: BinaryIO, results: ResultFile, run_seed: int
     def write_bad() -> None:
         while bad:
             results.write(bad.popleft().to_dict(), run_seed)
-            progress.ended(0, failed=True)
+            progress.ended(Stats(), failed=True)
 
     with progress:
         for result in engine.run(good()):
@@ -160,7 +161,7 @@ def _decode(engine: Engine, source: BinaryIO, results: ResultFile, run_seed: int
             if isinstance(result.error, Closed):
                 raise result.error  # the engine is gone, and the request is not done
             results.write(result.to_dict(), run_seed)
-            progress.ended(result.stats.new_tokens, failed=result.error is not None, stats=result.stats)
+            progress.ended(result.stats, failed=result.error is not None)
         write_bad()
 
 
@@ -215,14 +216,14 @@ class _Progress:
         self._skipped += 1
         self._bar.advance(self._task)
 
-    def ended(self, tokens: int, *, failed: bool, stats: Stats | None = None) -> None:
+    def ended(self, stats: Stats, *, failed: bool) -> None:
         """Count a request that has ended."""
-        for name, drafts in stats.drafters.items() if stats else ():
+        for name, drafts in stats.drafters.items():
             ran, right = self._drafts.get(name, (0, 0))
             self._drafts[name] = ran + sum(drafts.run), right + sum(drafts.accepted)
         self._done += 1
         self._failed += failed
-        self._tokens += tokens
+        self._tokens += stats.new_tokens
         self._bar.update(self._task, advance=1, speed=self._speed(), failed=self._failed, drafts=self._accepted())
 
     def _accepted(self) -> str:
