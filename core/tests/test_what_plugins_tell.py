@@ -91,6 +91,11 @@ def test_who_says_nothing_has_no_report() -> None:
     assert say({}).reports == {} and "reports" not in say({}).to_dict()
 
 
+def test_what_a_plugin_parsed_of_a_text_is_the_result_s() -> None:
+    assert say({"parsed": {"a": [1]}}).parsed == {"a": [1]}
+    assert say({"complete": [False]}).parsed is None and say({}).parsed is None
+
+
 @pytest.mark.parametrize(
     ("what", "message"),
     [
