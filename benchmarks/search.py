@@ -15,15 +15,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import platform
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from figures import versions, write
 
 import unspool
 from unspool.huggingface.load import local_folder
@@ -171,23 +169,14 @@ def main() -> None:
     parser.add_argument("--json", help="write the figures to this file")
     options = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "unspool": unspool.__version__,
-        "threads": torch.get_num_threads(),
-    }
-    print(versions)
+    print(versions())
     print("|", " | ".join(HEADINGS), "|\n|" + "---|" * len(HEADINGS))
     rows = []
     for dtype in options.dtypes.split(","):
         rows += compare(dtype, options)
         if options.contrastive:
             contrastive(dtype, options)
-    if options.json:
-        cells = [dict(zip(HEADINGS, row, strict=True)) for row in rows]
-        Path(options.json).write_text(json.dumps({"versions": versions, "rows": cells}, indent=2) + "\n", "utf-8")
+    write(options.json, [dict(zip(HEADINGS, row, strict=True)) for row in rows])
 
 
 if __name__ == "__main__":

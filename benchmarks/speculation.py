@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import statistics
 import time
@@ -25,6 +24,7 @@ from typing import Any
 
 import torch
 import transformers
+from figures import versions, write
 
 import unspool
 from unspool.huggingface.load import local_folder
@@ -151,17 +151,9 @@ def main() -> None:
     parser.add_argument("--json", help="write the figures to this file")
     options = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "unspool": unspool.__version__,
-        "threads": torch.get_num_threads(),
-    }
-    print(versions)
+    print(versions())
     rows = compare(options)
-    if options.json:
-        Path(options.json).write_text(json.dumps({"versions": versions, "rows": rows}, indent=2) + "\n", "utf-8")
+    write(options.json, rows)
 
 
 if __name__ == "__main__":

@@ -11,17 +11,15 @@ side has a process of its own. In one process the two sides' OpenMP threads outn
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from figures import versions, write
 
 import unspool
 from unspool.huggingface.load import local_folder
@@ -140,22 +138,13 @@ def main() -> None:
     if options.serve:
         serve(options.serve, options.dtypes, options.device)
         return
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "unspool": unspool.__version__,
-        "threads": torch.get_num_threads(),
-    }
-    print(versions)
+    print(versions())
     print("| dtype | batch | transformers tok/s | unspool tok/s | ratio |\n|---|---|---|---|---|")
     rows = []
     for dtype in options.dtypes.split(","):
         batches = [int(batch) for batch in options.batches.split(",")]
         rows += compare(dtype, batches, options.new, options.repeats, options.device, options.apart)
-    if options.json:
-        figures = json.dumps({"versions": versions, "rows": rows}, indent=2)
-        Path(options.json).write_text(figures + "\n", encoding="utf-8")
+    write(options.json, rows)
 
 
 if __name__ == "__main__":
