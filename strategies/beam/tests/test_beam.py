@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from unspool.errors import ConfigError, InputError
+from unspool.errors import InputError
 from unspool.huggingface.runner import HuggingFaceRunner
 from unspool.pipeline import Pipeline
 from unspool_beam.beam import BeamSearch
@@ -107,12 +107,6 @@ def test_the_gnmt_form_divides_by_its_own_weight() -> None:
     for hypothesis in alone(model, [asked])[0].hypotheses:
         weight = ((5 + len(hypothesis.token_ids)) / 6) ** 0.6
         assert hypothesis.score == pytest.approx(sum(hypothesis.logprobs or ()) / weight)
-
-
-def test_raw_logits_are_refused_as_log_probabilities() -> None:
-    with pytest.raises(ConfigError, match="put log_softmax first among the plugins"):
-        beam(plugin(RepetitionPenalty, penalty=1.7), renormalize=False)
-    assert beam(plugin(LogSoftmax), renormalize=False).strategy.params.renormalize is False
 
 
 def test_more_texts_than_beams_are_refused() -> None:

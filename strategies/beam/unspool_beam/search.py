@@ -18,12 +18,10 @@ from torch import Tensor
 
 from unspool.errors import InputError
 from unspool.plugin import Parameters, Plugin
-from unspool_beam.log_softmax import LogSoftmax
 from unspool_beam.pool import Pool
 
 if TYPE_CHECKING:
     from unspool.hooks import Growth
-    from unspool.pipeline import Pipeline
     from unspool.request import PreparedRequest
     from unspool.step import Step
 
@@ -52,12 +50,6 @@ class Search(Plugin):
             description="`false`: take the transformed logits as log-probabilities as they are (transformers; put "
             "`log_softmax` first).",
         )
-
-    def refuse(self, pipeline: Pipeline) -> str | None:
-        """Refuse to add up what no plugin has made log-probabilities."""
-        if self.params.renormalize or any(isinstance(plugin, LogSoftmax) for plugin in pipeline.plugins):
-            return None
-        return "renormalize: false takes logits for log-probabilities: put log_softmax first among the plugins"
 
     def start(self, request: PreparedRequest) -> int:
         """Begin with one beam on the prompt."""
