@@ -70,6 +70,22 @@ def test_a_case_that_is_written_and_read_again_is_the_same() -> None:
     assert Case.read(case.write()) == case
 
 
+def test_a_guess_that_has_run_is_not_run_again_when_a_strategy_holds_it() -> None:
+    LAWS["cost"].check(
+        """
+        subject: lookahead
+        model: {vocab_size: 4, seed: 1, memory: 1}
+        requests:
+        - strategy: contrastive_search
+          plugins: [{lookahead: {ngram: 3}}]
+          prompt: [3, 2, 1, 3]
+          min_new_tokens: 4
+          end_ids: [0, 1]
+          seed: 4
+        """
+    )
+
+
 def test_a_row_stays_held_when_the_request_whose_plugins_were_called_ends() -> None:
     """Equal pipelines of two requests are two objects, and a group calls those of its first request."""
     case = Case.read(

@@ -52,11 +52,13 @@ class Draft:
     """It has become a branch."""
     gained: bool = False
     """It has become a branch that went on at once: a step was saved."""
+    kept: Mapping[Any, Tensor] | None = None
+    """What was read of it in an earlier pass: it was a guess when a strategy hung it below a row that it holds."""
 
     @property
     def runs(self) -> bool:
-        """Tell whether the pass runs it. Below a held row only the impossible is left out."""
-        return self.leaf is None or (self.held and self.leaf == END)
+        """Tell whether the pass runs it. Below a held row only the impossible is left out, and what has run already."""
+        return self.kept is None and (self.leaf is None or (self.held and self.leaf == END))
 
 
 class Group:
@@ -103,6 +105,8 @@ class Group:
                     self._kept[branch.node] = branch.held.readings
                     for node, draft in branch.held.drafts.items():
                         self._remember(node, draft)
+                        if draft.kept is not None:
+                            self._kept[node] = draft.kept
 
     @cached_property
     def _live_of(self) -> dict[int, Live]:
@@ -308,8 +312,12 @@ class Group:
         lengths = torch.tensor([len(path) for path in paths], device=hidden.device)
         return hidden, torch.arange(hidden.shape[1], device=hidden.device) < lengths.unsqueeze(1)
 
+    def ran(self, node: int) -> bool:
+        """Tell whether there are readings of a node: of this pass, or kept of an earlier one."""
+        return node in self._kept or (self.readings is not None and node in self.readings)
+
     def keep(self, node: int) -> Mapping[Any, Tensor]:
-        """Copy all that was read of a row which is held until the next step."""
+        """Copy all that was read of a node which is wanted in the next step too."""
         if node in self._kept and (self.readings is None or node not in self.readings.row):
             return self._kept[node]
         assert self.readings is not None

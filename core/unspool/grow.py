@@ -110,7 +110,7 @@ class Grower:
             drafts = decision.held.pop(decision.rows.node[row], None)
             if drafts is not None and not any(b.held and b.held.drafts is drafts for b in after):
                 self.group.prune(drafts)
-        accepted = {branch for _, branch in grown if self._ran(branch.node)}
+        accepted = {branch for _, branch in grown if self.group.ran(branch.node)}
         goes_on = self.pipeline.row_local or len(accepted) == len(after)
         for branch in accepted:
             draft = self.group.drafts.get(branch.node)
@@ -179,10 +179,6 @@ class Grower:
         assert values is not None
         return before.logprobs, values[child]
 
-    def _ran(self, node: int) -> bool:
-        assert self.group.readings is not None
-        return node in self.group.readings
-
     def _hold(self, live: Live, branch: Branch, drafts: dict[int, Draft]) -> None:
         readings = self.group.keep(branch.node)
         if any(other.held is not None and other.held.drafts is drafts for other in live.branches):
@@ -192,6 +188,9 @@ class Grower:
         if branch.held is not None:
             self._let_go(branch.held.drafts)
         branch.held = Held(readings, drafts)
+        for node, draft in drafts.items():
+            if draft.kept is None and self.group.ran(node):
+                draft.kept = self.group.keep(node)
 
     def _let_go(self, drafts: Iterable[int]) -> None:
         for node in reversed(list(drafts)):

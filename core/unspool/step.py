@@ -72,7 +72,7 @@ class Drafts:
         row: `[d]` the row each hangs below.
         token: `[d]`.
         node: `[d]`.
-        ran: `[d]` bool, whether the pass has run it (before the pass: all False). A leaf never runs.
+        ran: `[d]` bool, whether it has run: in this pass, or in an earlier one if it was kept. A leaf never runs.
         q: for each, the distribution `[vocab]` that it was drawn from, if its drafter told.
     """
 
@@ -283,13 +283,13 @@ class Step:
     def drafts(self, plugin: Plugin | None = None) -> Drafts:
         """List the drafts just below the rows: all of them, or those that `plugin` hung."""
         found = self.group.drafts_below(self._rows.node, plugin)
-        tree, readings = self.group.tree, self.group.readings
+        tree = self.group.tree
         nodes = [node for _, node in found]
         return Drafts(
             row=self._ints([row for row, _ in found]),
             token=self._ints([tree.token[node] for node in nodes]),
             node=self._ints(nodes),
-            ran=torch.tensor([readings is not None and node in readings for node in nodes], dtype=torch.bool),
+            ran=torch.tensor([self.group.ran(node) for node in nodes], dtype=torch.bool),
             q=[self.group.drafts[node].q for node in nodes],
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from power.fault import Fault, fault
 from power.slips import edit
+from unspool.grow import Grower
 from unspool.rounds import Rounds
 from unspool_speculative.rejection import Rejection
 
@@ -19,5 +20,11 @@ FAULTS: tuple[Fault, ...] = (
         "lookahead",
         "cost",
         edit(Rounds._run_ahead, "left.append((live, branch))", "pass"),
+    ),
+    fault(
+        "a guess that has run is run again when a strategy holds it",
+        "lookahead",
+        "cost",
+        edit(Grower._hold, "draft.kept is None and self.group.ran(node)", "False"),
     ),
 )
