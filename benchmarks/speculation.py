@@ -1,13 +1,15 @@
 """Drafters against plain decoding and transformers' prompt lookup, side by side in one run, on the real model.
 
     python benchmarks/speculation.py [--dtype float32] [--batches 1,8,32] [--prompts 8] [--new 128]
-                                     [--drafters prompt_lookup,suffix] [--data FOLDER] [--json OUT]
+                                     [--drafters prompt_lookup,suffix] [--again] [--data FOLDER] [--json OUT]
 
 Prompts of Spec-Bench (summarisation and retrieval), greedy, up to `--new` tokens each, in chats of the model's own
 template. All sides take turns at the same prompts, so that a change of the machine's speed meets all. A ratio is
 that of two sides' tokens a second; the figure is the median of the rounds, with a 95 % interval by bootstrap.
-transformers' `prompt_lookup_num_tokens` takes one prompt at a time, so it is compared at batch 1 alone. In float32 our
-texts must be the same with drafts and without, and those that are not are counted.
+transformers' `prompt_lookup_num_tokens` takes one prompt at a time, so it is compared at batch 1 alone; there our speed
+after the first token is told too. `suffix` remembers nothing from one prompt to the next, but for the side that
+`--again` adds: there each prompt has been answered before. In float32 our texts must be the same with drafts and
+without, and those that are not are counted.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import random
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +37,27 @@ PLAIN = "plain"
 THEIRS = "transformers"
 THEIR_LOOKUP = "transformers prompt lookup"
 
-Said = tuple[float, int, list[tuple[int, ...]], int, int]
-"""Seconds, tokens, texts, passes, accepted drafts."""
+AGAIN = "suffix, asked again"
+
+DRAFTERS: dict[str, Any] = {"suffix": {"suffix": {"remember": 0}}, AGAIN: "suffix"}
+"""What a name stands for where it is more than the plugin's name."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """What came of a batch."""
+
+    seconds: float
+    texts: list[tuple[int, ...]]
+    first: float = 0.0
+    """Seconds to the first token."""
+    passes: int = 0
+    accepted: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Count the tokens of all texts."""
+        return sum(map(len, self.texts))
 
 
 def prompts_of(folder: Path, count: int) -> list[str]:
@@ -55,17 +77,22 @@ class Ours:
 
     def say(self, prompts: Sequence[str], drafters: Sequence[str]) -> Said:
         """Decode a batch."""
+        plugins = [DRAFTERS.get(name, name) for name in drafters]
         requests = [
-            unspool.Request(prompt=prompt, strategy="greedy", plugins=list(drafters), max_new_tokens=self._new)
+            unspool.Request(prompt=prompt, strategy="greedy", plugins=plugins, max_new_tokens=self._new)
             for prompt in prompts
         ]
         start = time.perf_counter()
         results = sorted(self.engine.run(requests), key=lambda result: int(result.id.rpartition("-")[2]))
         seconds = time.perf_counter() - start
-        texts = [result.token_ids for result in results]
         stats = [result.stats for result in results]
-        passes, accepted = sum(s.forward_passes for s in stats), sum(s.accepted for s in stats)
-        return seconds, sum(map(len, texts)), texts, passes, accepted
+        return Said(
+            seconds,
+            [result.token_ids for result in results],
+            min(each.first_token_s for each in stats),
+            sum(each.forward_passes for each in stats),
+            sum(each.accepted for each in stats),
+        )
 
 
 class Theirs:
@@ -85,8 +112,7 @@ class Theirs:
         more = {} if lookup is None else {"prompt_lookup_num_tokens": lookup}
         out = self._model.generate(**ids, do_sample=False, max_new_tokens=self._new, pad_token_id=0, **more)
         seconds = time.perf_counter() - start
-        text = tuple(out[0, ids["input_ids"].shape[1] :].tolist())
-        return seconds, len(text), [text], 0, 0
+        return Said(seconds, [tuple(out[0, ids["input_ids"].shape[1] :].tolist())])
 
 
 def interval(ratios: Sequence[float]) -> tuple[float, float, float]:
@@ -101,39 +127,59 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
     ours = Ours(options.dtype, options.device, options.new)
     theirs = Theirs(options.dtype, options.device, options.new, ours.engine.tokenizer)
     sides = {PLAIN: [], **{name: name.split("+") for name in options.drafters.split(",")}}
+    if options.again:
+        sides[AGAIN] = [AGAIN]
     rows = []
     for batch in options.batches:
-        prompts = prompts_of(options.data, max(options.prompts, batch))
+        prompts = prompts_of(options.data, options.prompts if batch == 1 else batch * options.rounds)
         rounds = [prompts[i : i + batch] for i in range(0, len(prompts) - batch + 1, batch)]
-        rounds = (rounds * max(options.rounds, 1))[: max(options.rounds, len(rounds) if batch == 1 else 1)]
-        speeds: dict[str, list[float]] = {}
-        counts: dict[str, list[int]] = {}
-        unequal = 0
-        for drafters in sides.values():  # each side learns and warms up on what is not counted
-            ours.say(prompts[-1:], drafters)
+        said: list[dict[str, Said]] = []
+        for drafters in sides.values():  # warms up
+            ours.say(["Count to one hundred."] * batch, drafters)
         for round_ in rounds:
-            said = {name: ours.say(round_, drafters) for name, drafters in sides.items()}
+            turns = {}
+            for name, drafters in sides.items():
+                if name == AGAIN:
+                    ours.say(round_, drafters)
+                turns[name] = ours.say(round_, drafters)
             if batch == 1:
-                said[THEIRS] = theirs.say(round_[0], None)
-                said[THEIR_LOOKUP] = theirs.say(round_[0], options.lookup)
-            for name, (seconds, tokens, texts, passes, accepted) in said.items():
-                speeds.setdefault(name, []).append(tokens / seconds)
-                count = counts.setdefault(name, [0, 0, 0])
-                counts[name] = [a + b for a, b in zip(count, (tokens, passes, accepted), strict=True)]
-                unequal += name in sides and texts != said[PLAIN][2]
-        for name, speed in speeds.items():
-            tokens, passes, accepted = counts[name]
-            row: dict[str, Any] = {"batch": batch, "side": name, "tok/s": round(statistics.median(speed), 2)}
-            for other in (PLAIN, THEIRS, THEIR_LOOKUP):
-                if other in speeds and other != name:
-                    ratios = [a / b for a, b in zip(speed, speeds[other], strict=True)]
-                    row[f"/ {other}"] = [round(value, 2) for value in interval(ratios)]
-            row["tokens a pass"] = round(tokens / passes, 2) if passes else None
-            row["accepted"] = accepted
-            rows.append(row)
-            print(json.dumps(row), flush=True)
+                turns[THEIRS] = theirs.say(round_[0], None)
+                turns[THEIR_LOOKUP] = theirs.say(round_[0], options.lookup)
+            said.append(turns)
+        rows += [row_of(batch, name, said) for name in said[0]]
+        unequal = sum(turns[name].texts != turns[PLAIN].texts for turns in said for name in sides)
         print(f"batch {batch}: {len(rounds)} rounds, {unequal} of our texts differ from the plain ones", flush=True)
     return rows
+
+
+def row_of(batch: int, name: str, said: Sequence[dict[str, Said]]) -> dict[str, Any]:
+    """Sum up one side, and print it."""
+    own = [turns[name] for turns in said]
+    row: dict[str, Any] = {"batch": batch, "side": name}
+    row["tok/s"] = round(statistics.median(each.tokens / each.seconds for each in own), 2)
+    for other in (PLAIN, THEIRS, THEIR_LOOKUP):
+        if other in said[0] and other != name:
+            beside = [turns[other] for turns in said]
+            ratios = [_speed(a) / _speed(b) for a, b in zip(own, beside, strict=True)]
+            row[f"/ {other}"] = [round(value, 2) for value in interval(ratios)]
+    if batch == 1 and own[0].passes:
+        plain = [turns[PLAIN] for turns in said]
+        row["after the first token"] = round(statistics.median(_pace(each) for each in own), 2)
+        paces = [_pace(a) / _pace(b) for a, b in zip(own, plain, strict=True)]
+        row["/ plain, after the first token"] = [round(value, 2) for value in interval(paces)]
+    if passes := sum(each.passes for each in own):
+        row["tokens a pass"] = round(sum(each.tokens for each in own) / passes, 2)
+        row["accepted"] = sum(each.accepted for each in own)
+    print(json.dumps(row), flush=True)
+    return row
+
+
+def _speed(said: Said) -> float:
+    return said.tokens / said.seconds
+
+
+def _pace(said: Said) -> float:
+    return (said.tokens - 1) / (said.seconds - said.first)
 
 
 def main() -> None:
@@ -147,6 +193,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--lookup", type=int, default=10, help="transformers' prompt_lookup_num_tokens")
     parser.add_argument("--drafters", default="prompt_lookup,suffix", help="`a+b` is both together")
+    parser.add_argument("--again", action="store_true", help="add `suffix` on prompts that were answered before")
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("UNSPOOL_TEST_DATA", "../shared/data")))
     parser.add_argument("--json", help="write the figures to this file")
     options = parser.parse_args()

@@ -5,6 +5,7 @@
 
 Whole files are written from code alone. In pages that are written by hand only what stands between
 `<!-- generated: NAME -->` and `<!-- end -->` is. The plugins are those of this workspace, whatever else is installed.
+docs/json-schemas.md needs outside data, and is left alone where that is absent.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
+import json_schema_suite
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
+from tables import table
 
 from unspool.config import EngineSettings, LimitSettings, ModelSettings, Variation
 from unspool.errors import ConfigError
@@ -40,6 +43,7 @@ from unspool_testing.claims import METHODS, Claims
 from unspool_testing.laws import LAWS
 
 ROOT = Path(__file__).parents[1]
+JSON_SCHEMAS = ROOT / "docs" / "json-schemas.md"
 PLUGINS = """\
 Every plugin of this repository with its parameters. `unspool plugins` lists what is installed where you are, and
 `unspool plugins NAME` shows one. A bare value sets the parameter in bold: `top_k: 40`. Parameters marked * may differ
@@ -58,6 +62,7 @@ Most laws hold for every plugin. What one plugin is *for*, only its author can s
 slowly, the way that the paper does. A class of claims has any of these static methods; an entry point in the group
 `unspool.claims` names it under the plugin's own name. Names and arguments are checked. A `row` has `prompt`, `tokens`,
 `path`, `logits`, `logprobs`, `end_ids`, `max_new_tokens`, `uniform(purpose)` and `model`.
+Where parameters leave it open, `texts` and `score` give None; `allows` and `finishes` raise `NotImplementedError`.
 
 Without claims a search is held to almost nothing that is its own: give it `texts`, the whole search by hand, or `score`
 and `exhaustive`. Beam search (`strategies/beam/unspool_beam/claims.py`) is an example. Equal scores are told apart in
@@ -128,15 +133,6 @@ def plugins_of(folder: Path) -> list[Entry]:
 
 
 # ---- words -----------------------------------------------------------------------------------------------------------
-
-
-def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """Write a Markdown table."""
-    lines = [list(head), *[list(row) for row in rows]]
-    lines.insert(1, ["---"] * len(lines[0]))
-    return "\n".join(
-        "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in lines
-    )
 
 
 def first_line(thing: object) -> str:
@@ -381,6 +377,14 @@ def _flat(thing: object) -> str:
     return re.sub(r"\s+", " ", inspect.getdoc(thing) or "")
 
 
+# ---- json-schemas.md -------------------------------------------------------------------------------------------------
+
+
+def json_schemas_page() -> str:
+    """Give docs/json-schemas.md. The suite must be there."""
+    return f"{NOTE}\n\n{json_schema_suite.page(json_schema_suite.run(json_schema_suite.SUITE))}"
+
+
 # ---- parts of pages that are written by hand -------------------------------------------------------------------------
 
 
@@ -462,6 +466,8 @@ def pages() -> dict[Path, str]:
         ROOT / "docs/plugins.md": plugins_page(),
         ROOT / "docs/config-schema.json": json.dumps(config_schema(workspace()), indent=2, ensure_ascii=False) + "\n",
     }
+    if json_schema_suite.is_there():
+        files[JSON_SCHEMAS] = json_schemas_page()
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         if path not in files and "<!-- generated: " in (page := path.read_text(encoding="utf-8")):
             files[path] = with_parts(page)
@@ -483,6 +489,8 @@ def out_of_date() -> dict[Path, str]:
 def main(arguments: list[str]) -> int:
     """Write what is out of date, or only say so."""
     stale = out_of_date()
+    if not json_schema_suite.is_there():
+        print(f"{JSON_SCHEMAS.relative_to(ROOT)} was not looked at: {json_schema_suite.ABSENT}")
     for path, diff in stale.items():
         if "--check" in arguments:
             print(diff)

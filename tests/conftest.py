@@ -1,4 +1,4 @@
-"""Lets tests here import what stands beside them (`small_plugins`, `pipelines`); closes with what was skipped."""
+"""Lets tests import what stands beside them (`pipelines`) and in docs (`generate`); closes with what was skipped."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "docs")]
 torch.set_num_threads(1)  # tests run side by side, and on small tensors threads only wait for each other
 
 

@@ -37,6 +37,8 @@ class Children:
     drop: list[bool] = field(default_factory=list)
     below: dict[int, list[int]] = field(default_factory=dict)
     """row -> its children, in the order of select."""
+    states: dict[int, tuple[Any, ...]] = field(default_factory=dict)
+    """child -> the path states after it, as far as anybody has asked."""
 
 
 @dataclass(eq=False)
@@ -279,6 +281,11 @@ class Decider:
 
     def states(self, rows: Rows, children: Children, child: int) -> tuple[Any, ...]:
         """Give the path states after a child (None after an end id, which no plugin is asked about)."""
+        if child not in children.states:
+            children.states[child] = self._folded(rows, children, child)
+        return children.states[child]
+
+    def _folded(self, rows: Rows, children: Children, child: int) -> tuple[Any, ...]:
         row, token = children.row[child], children.token[child]
         parent = rows.node[row]
         if token in rows.lives[rows.request[row]].request.end_ids:

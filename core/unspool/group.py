@@ -99,7 +99,11 @@ class Group:
         """Drafts that the `select` which is running has hung below rows, for the next step."""
         self._asked: dict[str, dict[int, Tensor]] = {}
         self._kept: dict[int, Mapping[Any, Tensor]] = {}
-        for live in lives:
+        self._recall()
+
+    def _recall(self) -> None:
+        """Take up what rows hold from steps before."""
+        for live in self.lives:
             for branch in live.branches:
                 if branch.held is not None:
                     self._kept[branch.node] = branch.held.readings
@@ -251,6 +255,7 @@ class Group:
         """Undo the drafts that a `select` which failed had hung."""
         hung, self.newly_held = self.newly_held, {}
         self.prune(hung)
+        self._recall()  # what was hung once more
 
     def running_drafts(self, live: Live) -> list[int]:
         """List the drafts of a request that the pass is to run, parents first."""

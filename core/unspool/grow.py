@@ -86,7 +86,7 @@ class Grower:
             drafts = decision.held.get(before.node)
             if row in decision.dead:
                 live.dead_path = tree.new_tokens(before.node)
-            elif drafts is not None and not below:
+            elif drafts is not None:
                 self._hold(live, before, drafts)
                 new.append(before)
             for child in below:
@@ -106,7 +106,7 @@ class Grower:
                     self._let_go(before.held.drafts)
                 tree.release(before.node)
         live.branches = after
-        for row in rows:  # drafts under a row that has a child: nobody holds them
+        for row in rows:  # drafts under a dead row: nobody holds them
             drafts = decision.held.pop(decision.rows.node[row], None)
             if drafts is not None and not any(b.held and b.held.drafts is drafts for b in after):
                 self.group.prune(drafts)

@@ -97,8 +97,9 @@ class Hooks:
     def select(self, step: Step, logits: Tensor) -> Growth | None:
         """Choose the children of all rows of the group. Exactly one plugin implements it: the strategy.
 
-        Never write to `logits` here. No child at all is a lawful answer: a row without a child dies, unless drafts
-        were hung under it in this call; then it is held, and is shown again in the next step together with them.
+        Never write to `logits` here. No child at all is a lawful answer: a row without a child dies. A row under which
+        drafts were hung in this call is held, with or without children: it stays where it is, and is shown again in
+        the next step together with them.
         """
 
     @hookspec

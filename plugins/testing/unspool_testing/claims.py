@@ -59,7 +59,7 @@ class Claims(Protocol):
     """The methods that a class of claims may have.
 
     All are static, and all are optional; `params` is the plugin's. `texts` and `score` may give None where parameters
-    leave it open.
+    leave it open; `allows` and `finishes` raise `NotImplementedError` there.
     """
 
     @staticmethod

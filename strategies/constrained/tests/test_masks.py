@@ -26,7 +26,7 @@ from unspool_constrained.guidance import ENGINE, KEPT, Guidance
 from unspool_constrained.guidance_position import REMEMBERED
 from unspool_constrained.json_schema import JsonSchema
 from unspool_constrained.languages import Lark, Pattern, Schema, Strings
-from unspool_constrained.mask import unpacked
+from unspool_constrained.mask import allow_ends, forbid, octets_of
 from unspool_constrained.regex import Regex
 from unspool_constrained.tagged import Tagged
 from unspool_constrained.vocabulary import Vocabulary, vocabulary_of
@@ -72,14 +72,22 @@ def fresh(language: Any, text: str) -> Any:
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 80), st.integers(1, 90))
-def test_bits_are_unpacked_and_what_has_none_is_forbidden(seed: int, tokens: int, size: int) -> None:
+def test_what_has_no_bit_is_forbidden_and_nothing_else_changes(seed: int, tokens: int, size: int) -> None:
     words = -(-tokens // 32)
-    bits = np.random.default_rng(seed).integers(-(2**31), 2**31, (3, words), dtype=np.int32)
-    got = unpacked(bits, size, torch.device("cpu"))
-    for row, mask in enumerate(bits):
-        for token in range(size):
-            expected = token < 32 * words and bool(int(mask[token >> 5]) >> (token & 31) & 1)
-            assert bool(got[row, token]) == expected
+    chance = np.random.default_rng(seed)
+    bits = chance.integers(-(2**31), 2**31, (3, words), dtype=np.int32)
+    ends = [(int(chance.integers(3)), token, bool(chance.integers(2))) for token in {0, size // 2, size - 1}]
+    told = {(row, token): may for row, token, may in ends}
+    for dtype in (torch.float32, torch.float64):
+        logits = torch.from_numpy(chance.choice([-2.5, -0.0, 7.0, np.inf, np.nan], (3, size))).to(dtype)
+        before, masks = logits.clone(), octets_of(bits, size)
+        allow_ends(masks, ends)
+        forbid(logits, masks)
+        for row, mask in enumerate(bits):
+            for token in range(size):
+                has_bit = token < 32 * words and bool(int(mask[token >> 5]) >> (token & 31) & 1)
+                expected = before[row, token] if told.get((row, token), has_bit) else torch.tensor(-torch.inf)
+                assert str(logits[row, token].item()) == str(expected.item())
 
 
 def test_a_model_with_more_tokens_than_its_tokenizer_never_says_the_rest() -> None:

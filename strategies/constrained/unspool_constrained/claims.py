@@ -1,8 +1,8 @@
 """What constraints claim to allow, written a second time: as plain questions about texts.
 
 A text is allowed as a whole if it is in the language, and as a beginning if some text of the language begins with it.
-The test kit holds the masks to that, token by token. What a schema or a grammar allows has no second form as short as
-that; tests compare those with all texts of a length.
+The test kit holds the masks to that, token by token. Grammars, schemas and tags take more words: they have modules of
+their own.
 """
 
 from __future__ import annotations
@@ -24,6 +24,17 @@ def text_of(request: Any, tokens: Sequence[int], ended: bool) -> str | None:
     return b"".join(pieces).decode(errors="replace") if all(pieces) else None
 
 
+def allowed(params: Any, in_language: bool, ended: bool) -> bool:
+    """Say whether a text is allowed, as its language says.
+
+    Raises:
+        NotImplementedError: room is kept to complete it, and what still fits is left open: it depends on a search.
+    """
+    if in_language and params.complete_within and not ended:
+        raise NotImplementedError("a beginning that may be too long to be completed")
+    return in_language
+
+
 class Choices:
     """One of several strings."""
 
@@ -33,7 +44,8 @@ class Choices:
         text = text_of(request, tokens, ended)
         if text is None:
             return False
-        return text in params.choices if ended else any(choice.startswith(text) for choice in params.choices)
+        found = text in params.choices if ended else any(choice.startswith(text) for choice in params.choices)
+        return allowed(params, found, ended)
 
     @staticmethod
     def finishes(params: Any, request: Any, tokens: Sequence[int]) -> str | None:
@@ -52,7 +64,8 @@ class Regex:
         import regex  # type: ignore[import-untyped]
 
         text = text_of(request, tokens, ended)
-        return text is not None and regex.fullmatch(params.pattern, text, partial=not ended) is not None
+        found = text is not None and regex.fullmatch(params.pattern, text, partial=not ended) is not None
+        return allowed(params, found, ended)
 
 
 class AnyJson:
@@ -66,7 +79,15 @@ class AnyJson:
             return False
         if ended:
             return _is_json(text, params)
-        return any(_is_json(text + more + closing, params) for more in _MORE for closing in _closings(text))
+        found = any(_is_json(text + more + closing, params) for more in _MORE for closing in _closings(text))
+        return allowed(params, found, ended)
+
+    @staticmethod
+    def finishes(params: Any, request: Any, tokens: Sequence[int]) -> str | None:
+        """End what parses, but for a number: more digits may come."""
+        text = text_of(request, tokens, False)
+        is_closed = text is not None and _is_json(text, params) and not text[-1].isdigit()
+        return "grammar_end" if is_closed else None
 
 
 _MORE = (

@@ -13,11 +13,9 @@ from __future__ import annotations
 from functools import cached_property
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from unspool_constrained.engine import Engine, Position
-from unspool_constrained.mask import unpacked
 from unspool_constrained.vocabulary import Vocabulary
 
 LONGEST = 256
@@ -101,8 +99,8 @@ class Finder:
 
     def _candidates(self, position: Position) -> list[int]:
         """List one token of each kind that may follow, those that close first."""
-        bits = self._engine.masks([position])
-        allowed = unpacked(bits, len(self._vocabulary), torch.device("cpu"))[0].numpy()
+        octets = self._engine.masks([position])[0].view(np.uint8)
+        allowed = np.unpackbits(octets, count=len(self._vocabulary), bitorder="little").view(bool)
         order, kinds = self._order
         there = allowed[order]
         _, first = np.unique(kinds[there], return_index=True)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -26,7 +25,7 @@ from unspool_constrained.engine import GrammarError
 from unspool_constrained.forced import hang_forced
 from unspool_constrained.guidance import ENGINE
 from unspool_constrained.languages import Language
-from unspool_constrained.mask import allow_ends, unpacked
+from unspool_constrained.mask import allow_ends, forbid, octets_of
 from unspool_constrained.place import Place
 from unspool_constrained.vocabulary import Vocabulary, vocabulary_of
 from unspool_constrained.within import keep_within
@@ -121,12 +120,11 @@ class Constraint(Plugin):
     def logits_transform(self, step: Step, logits: Tensor) -> None:
         """Forbid what cannot follow."""
         places: list[Place] = step.states(self)
-        bits = ENGINE.masks([place.position for place in places])
-        allowed = unpacked(bits, logits.shape[1], logits.device)
+        masks = octets_of(ENGINE.masks([place.position for place in places]), logits.shape[1])
         requests = [step.requests[number] for number in step.request.tolist()]
         rows = list(zip(places, requests, strict=True))
         allow_ends(
-            allowed,
+            masks,
             [
                 (row, end, place.position.may_stop)
                 for row, (place, request) in enumerate(rows)
@@ -135,8 +133,8 @@ class Constraint(Plugin):
             ],
         )
         if self.params.complete_within:
-            keep_within(step, places, logits, allowed)
-        logits.masked_fill_(~allowed, -torch.inf)
+            keep_within(step, places, logits, masks)
+        forbid(logits, masks)
 
     @hookimpl
     def stop_check(self, step: Step, growth: Growth) -> None:

@@ -24,8 +24,8 @@ MOST_PARTS = 100_000
 """Subschemas that are looked at."""
 LARGEST_MULTIPLE = 100_000
 """The product of the multiples that one number must be of."""
-_TOGETHER = ("allOf", "anyOf", "oneOf")
-_ASIDE = {"x-guidance"}
+_ORDERS = "x-guidance"
+"""In a schema: options of the engine."""
 
 
 def check_schema(schema: Any, text: str) -> None:
@@ -35,8 +35,8 @@ def check_schema(schema: Any, text: str) -> None:
     for part, depth in _parts(schema):
         if depth > DEEPEST:
             raise GrammarError(f"a schema of at most {DEEPEST} levels")
-        if isinstance(part, dict) and not _ASIDE.isdisjoint(part):
-            raise GrammarError("a schema without `x-guidance`: the options are ours")
+        if isinstance(part, dict) and _ORDERS in part:
+            raise GrammarError(f"a schema without `{_ORDERS}`: the options are ours")
     counter = _Counter(schema)
     for part, _ in _parts(schema):
         if isinstance(part, dict):
@@ -80,9 +80,8 @@ class _Counter:
         self._seen += 1
         if self._seen > MOST_PARTS:
             raise GrammarError(f"a schema of at most {MOST_PARTS:,} parts")
-        found = [self.together(each) for key in _TOGETHER[:1] for each in _listed(part.get(key))]
-        # Of alternatives only one holds, but they are multiplied out with what stands beside them.
-        for key in _TOGETHER[1:]:
+        found = [self.together(each) for each in _listed(part.get("allOf"))]
+        for key in ("anyOf", "oneOf"):  # of which one holds, multiplied out with what stands beside them
             inner = [self.together(each) for each in _listed(part.get(key))]
             found += [(max(n for n, _ in inner), max(m for _, m in inner))] if inner else []
         if isinstance(reference := part.get("$ref"), str):

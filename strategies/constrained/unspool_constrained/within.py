@@ -14,9 +14,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from unspool_constrained.mask import Octets, forbid
 from unspool_constrained.place import Place
 
 if TYPE_CHECKING:
@@ -28,30 +30,30 @@ LIKELIEST = 48
 """Tokens that are tried at each place of it."""
 
 
-def keep_within(step: Step, places: Sequence[Place], logits: Tensor, allowed: Tensor) -> None:
-    """Forbid, in `allowed` `[rows, vocab]` in place, tokens after which the text could not be completed in time."""
+def keep_within(step: Step, places: Sequence[Place], logits: Tensor, masks: Octets) -> None:
+    """Forbid, in `masks` in place, tokens after which the text could not be completed in time."""
+    size = logits.shape[1]
     lengths, numbers = step.length.tolist(), step.request.tolist()
     for row, (place, length, number) in enumerate(zip(places, lengths, numbers, strict=True)):
         way = place.way()
         room = step.requests[number].limits.max_new_tokens - length
         if way is None or not len(way) + 1 <= room < len(way) + 2 + SLACK:
             continue
-        ends = [end for end in step.requests[number].end_ids if end < allowed.shape[1]]
-        kept = torch.zeros_like(allowed[row])
-        good = _in_time(place, way, room, logits[row], allowed[row])
-        kept[[token for token in good if token < len(kept)]] = True
-        kept[ends] = allowed[row, ends]
-        allowed[row] &= kept
+        good = _in_time(place, way, room, logits[row : row + 1], masks[row : row + 1])
+        kept = np.zeros(8 * masks.shape[1], dtype=bool)
+        kept[[token for token in (*good, *step.requests[number].end_ids) if token < size]] = True
+        masks[row] &= np.packbits(kept, bitorder="little")
 
 
-def _in_time(place: Place, way: tuple[int, ...], room: int, logits: Tensor, allowed: Tensor) -> list[int]:
-    """List tokens after which the text can still be completed in time."""
+def _in_time(place: Place, way: tuple[int, ...], room: int, logits: Tensor, mask: Octets) -> list[int]:
+    """List tokens after which the text can still be completed in time. One row: `[1, vocab]`, `[1, octets]`."""
     good = list(way[:1])
     if room < len(way) + 2:
         return good
     assert place.finder is not None
-    masked = logits.masked_fill(~allowed, -torch.inf)
-    best = masked.topk(min(LIKELIEST, len(masked)))
+    masked = logits.clone()
+    forbid(masked, mask)
+    best = masked[0].topk(min(LIKELIEST, masked.shape[1]))
     for token in best.indices[best.values > -torch.inf].tolist():
         after = place.position.advance(token)
         if after is not None and place.finder.leads(after, way) is not None:

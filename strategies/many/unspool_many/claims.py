@@ -63,5 +63,14 @@ class Particles:
         return math.log(len(set(tokens)) / len(tokens)) if params.potential else 0.0
 
 
+class ASAp:
+    """How likely a text is, by what is allowed alone."""
+
+    @staticmethod
+    def score(params: Any, request: Any, tokens: Text, finish_reason: str, logprobs: Sequence[float]) -> float | None:
+        """Add up log-probabilities: the order of texts is another matter."""
+        return math.fsum(logprobs)
+
+
 def _has_a_text(tokens: Text, finish_reason: str) -> bool:
     return len(tokens) > 1 or finish_reason != "eos"

@@ -18,6 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from unspool import noise
 from unspool.errors import InputError
 from unspool.hooks import Growth
 from unspool.plugin import Parameters, Plugin, hookimpl
@@ -50,6 +51,14 @@ class Draws(Plugin):
         """Draw one token a row, with the row's own noise."""
         token = (logits + step.gumbel("sample")).argmax(dim=-1)
         return Growth(row=torch.arange(len(logits), device=logits.device), token=token)
+
+
+def draw(logits: Tensor, keys: Tensor) -> Tensor:
+    """Draw a token from each distribution `[n, vocab]` with the noise of `[n]` keys, as `sample` does.
+
+    A step draws noise for its rows; where a row may have several children, each needs its own.
+    """
+    return (logits + noise.gumbel(keys, logits.shape[-1], logits.dtype)).argmax(dim=-1)
 
 
 def in_order(hypotheses: Sequence[Hypothesis]) -> list[Hypothesis]:

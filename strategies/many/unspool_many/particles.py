@@ -35,7 +35,7 @@ from unspool import noise
 from unspool.errors import InputError
 from unspool.hooks import Growth
 from unspool.plugin import Parameters, Plugin, hookimpl
-from unspool_many.draws import in_order
+from unspool_many.draws import draw, in_order
 from unspool_many.functions import find, named
 
 if TYPE_CHECKING:
@@ -184,14 +184,6 @@ class Particles(Plugin):
             "weights": weights.softmax(0).tolist(),
             "resamplings": own.resamplings,
         }
-
-
-def draw(logits: Tensor, keys: Tensor) -> Tensor:
-    """Draw a token from each distribution `[particles, vocab]` with the noise of `[particles]` keys, as `sample` does.
-
-    A step draws noise for its rows; here a row may have several children, each of which needs its own.
-    """
-    return (logits + noise.gumbel(keys, logits.shape[-1], logits.dtype)).argmax(dim=-1)
 
 
 def effective_size(weights: Tensor) -> float:

@@ -141,7 +141,7 @@ def _speaks(name: str, allows: Callable[..., bool], request: PreparedRequest, re
     for hypothesis in result.hypotheses:
         reason = hypothesis.finish_reason
         ended = reason == "eos" or (reason in WHOLE and not enders)
-        if not _allowed(name, allows, request, hypothesis.token_ids, ended):
+        if _allowed(name, allows, request, hypothesis.token_ids, ended) is False:
             how = "as a whole" if ended else "as a beginning"
             raise Broken(f"{list(hypothesis.token_ids)} {reason} came back, and {name} claims not to allow it {how}")
 
@@ -149,14 +149,18 @@ def _speaks(name: str, allows: Callable[..., bool], request: PreparedRequest, re
 def _forbids_the_rest(name: str, allows: Callable[..., bool], seen: Seen) -> None:
     for token, left in _open(seen):
         ended = token in seen.request.end_ids
-        if _allowed(name, allows, seen.request, (*seen.tokens, token), ended) != left:
+        if _allowed(name, allows, seen.request, (*seen.tokens, token), ended) not in (left, None):
             does, claims = ("allows", "forbid") if left else ("forbids", "allow")
             raise Broken(f"{seen}: {name} {does} token {token}, and claims to {claims} it")
 
 
-def _allowed(name: str, allows: Callable[..., bool], request: PreparedRequest, tokens: Path, ended: bool) -> bool:
+def _allowed(
+    name: str, allows: Callable[..., bool], request: PreparedRequest, tokens: Path, ended: bool
+) -> bool | None:
     try:
-        return allows(request.parameters[name], request, tokens, ended)
+        return bool(allows(request.parameters[name], request, tokens, ended))
+    except NotImplementedError:
+        return None  # it is left open
     except Exception as error:
         raise Broken(f"{list(tokens)}: its claim `allows` failed: {type(error).__name__}: {error}") from error
 

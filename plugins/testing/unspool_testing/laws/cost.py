@@ -6,6 +6,7 @@ from collections import Counter
 
 from hypothesis import strategies as st
 
+from unspool.live import Live
 from unspool.loop import Loop
 from unspool.request import PreparedRequest, Result
 from unspool_testing.case import Case
@@ -30,10 +31,11 @@ def check_cost(case: Case, known: Known) -> None:
     table = case.model.runner()
     assert isinstance(table, TableModel)
     [request] = case.prepared(known)
-    most_slots, streams = 0, set[int]()
+    most_slots, streams, comes_back = 0, set[int](), False
 
     def look(loop: Loop) -> None:
-        nonlocal most_slots
+        nonlocal most_slots, comes_back
+        comes_back = comes_back or any(_stays_above(loop, live) for live in loop.scheduler.running)
         most_slots = max(most_slots, loop.main.cache.pool.size - loop.main.cache.pool.free)
         streams.update(branch.stream for live in loop.scheduler.running for branch in live.branches)
 
@@ -45,7 +47,7 @@ def check_cost(case: Case, known: Known) -> None:
     if not request.pipeline.companions:  # which run the same paths once more, in slots of their own
         waits = request.pipeline.drafts and not request.pipeline.row_local  # then an accepted draft may be run again
         twice = [path for (_, path), times in Counter(table.paths).items() if times > 1]
-        if twice and not waits:
+        if twice and not (waits or comes_back):
             raise Broken(f"the path {list(twice[0])} was run twice")
         if stats.forward_passes != table.passes or stats.rows != table.tokens:
             raise Broken(
@@ -57,6 +59,19 @@ def check_cost(case: Case, known: Known) -> None:
     _check_claimed(case, known, request, result)
     if streams <= set(range(request.pipeline.strategy.start(request))):  # it does not fork
         _check_one_child(request, result)
+
+
+def _stays_above(loop: Loop, live: Live) -> bool:
+    """Tell whether a branch is held where others have gone on: what they gave up may be begun anew from there."""
+    held = {branch.node for branch in live.branches if branch.held is not None}
+    parents = loop.main.tree.parent
+    for branch in live.branches:
+        node = branch.node
+        while node != live.root and node not in held:
+            node = parents[node]
+        if node in held and node != branch.node:
+            return True
+    return False
 
 
 def _check_claimed(case: Case, known: Known, request: PreparedRequest, result: Result) -> None:
@@ -91,8 +106,8 @@ def _beginnings(texts: list[Path]) -> set[Path]:
 
 COST = Law(
     "cost",
-    "No path is run twice, nothing copies keys and values, a strategy with one child a row costs one pass a token, and "
-    "what a result reports is what the model ran.",
+    "No path is run twice unless a strategy comes back to where it stayed, nothing copies keys and values, a strategy "
+    "with one child a row costs one pass a token, and what a result reports is what the model ran.",
     "People choose strategies by what they cost. A strategy that runs a prompt again for each beam, or looks at "
     "candidates that it could know, is slower than its paper says. What a strategy should cost beyond that, its author "
     "can claim (`passes`, `rows`).",
