@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from unspool_constrained.engine import GrammarError
-from unspool_constrained.gbnf_as_lark import lark_of_grammar
+from unspool_constrained.gbnf_as_lark import language_of_grammar
 from unspool_constrained.guidance import ENGINE
-from unspool_constrained.languages import Language, Lark
+from unspool_constrained.languages import Language
 from unspool_constrained.vocabulary import Vocabulary, vocabulary_of
 from unspool_testing.letters import tokenizer_of
 
@@ -30,8 +30,8 @@ def verdict(language: Language, text: str) -> str:
     return "yes" if position.may_stop else "so far"
 
 
-def gbnf(text: str) -> Lark:
-    return Lark(lark_of_grammar(text))
+def gbnf(text: str) -> Language:
+    return language_of_grammar(text)
 
 
 @pytest.mark.parametrize(
@@ -53,6 +53,14 @@ def test_gbnf_means_characters_not_terminals(grammar: str, yes: list[str], no: l
     language = gbnf(grammar)
     assert [verdict(language, text) for text in yes] == ["yes"] * len(yes)
     assert "yes" not in [verdict(language, text) for text in no]
+
+
+def test_nothing_begins_what_never_ends() -> None:
+    endless = gbnf('root ::= "a" x | "b" y? | z | "d" ("e" x)*\nx ::= "c" x\ny ::= x root\nz ::= "z" (x | "z")')
+    assert [verdict(endless, text) for text in ("", "b", "d", "zz")] == ["so far", "yes", "yes", "yes"]
+    assert [verdict(endless, text) for text in ("a", "bc", "de", "zc")] == ["no"] * 4
+    with pytest.raises(GrammarError, match="comes to an end"):
+        gbnf('root ::= "a" root | root "b"')
 
 
 def test_a_recursive_grammar_allows_exactly_its_texts() -> None:
@@ -93,9 +101,9 @@ def test_what_is_no_grammar_is_refused_with_the_reason(grammar: str, why: str) -
 
 def test_a_language_without_a_text_is_refused() -> None:
     letters = vocabulary_of(tokenizer_of(["<end>", "a"], ["<end>"]))
-    for language in (gbnf("root ::= root"), gbnf('root ::= ""'), gbnf('root ::= "b"')):
+    for grammar in ("root ::= root", 'root ::= ""', 'root ::= "b"'):
         with pytest.raises(GrammarError, match="at least one text"):
-            ENGINE.compile(language, letters)
+            ENGINE.compile(gbnf(grammar), letters)
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="UNSPOOL_TEST_DATA names no folder")

@@ -305,6 +305,20 @@ def test_a_budget_that_is_too_small_is_refused_with_the_number() -> None:
         run(TableModel(15), plugin(Regex, pattern="a{8}", complete_within=True), max_new_tokens=4)
 
 
+def test_where_a_text_just_fits_it_says_what_it_likes() -> None:
+    for seed in range(10):
+        free, held = (
+            run(
+                TableModel(15, seed=seed),
+                plugin(Regex, pattern="[a1:,]{5}", complete_within=within),
+                seed=seed,
+                max_new_tokens=most,
+            )
+            for within, most in ((False, 60), (True, 6))
+        )
+        assert held.token_ids == free.token_ids and held.hypotheses[0].finish_reason == "grammar_end"
+
+
 def test_a_beam_that_is_to_be_complete_returns_complete_texts() -> None:
     for seed in range(5):
         made = plugin(JsonSchema, schema=SCHEMA, complete_within=True)
@@ -335,6 +349,18 @@ def test_what_stands_in_a_tag_is_constrained_and_the_rest_is_free() -> None:
             seen += 1
             assert calls and "<call>" not in re.sub(r"<call>.*?</call>", "", text), text
     assert seen > 10
+
+
+def test_an_end_marker_that_the_grammar_could_go_on_with_ends_the_tag() -> None:
+    tokens = ["<end>", "a", "e", "n", "d", "[", "end"]
+    made = plugin(Tagged, tags=[{"begin": "[", "end": "end", "grammar": "root ::= [a-z]+"}], required=True)
+    tokenizer = tokenizer_of(tokens, ["<end>"])
+    results = [
+        run(TableModel(7, seed=seed), made, strategy=plugin(Sample), max_new_tokens=40, tokenizer=tokenizer)
+        for seed in range(20)
+    ]
+    ended = [result for result in results if result.hypotheses[0].finish_reason == "eos"]
+    assert len(ended) > 5
 
 
 def test_several_kinds_of_tags_each_have_their_own_language() -> None:

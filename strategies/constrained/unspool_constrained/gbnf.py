@@ -7,7 +7,7 @@ the repetitions `*`, `+`, `?`, `{m,n}` are known, and the escapes `\\n`, `\\r`, 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 
 from unspool_constrained.engine import GrammarError
@@ -92,15 +92,7 @@ class Reader:
             self._skip(_SPACES)
         if "root" not in rules:
             raise GrammarError("a grammar with a rule `root`")
-        needed, waiting = {"root"}, ["root"]
-        while waiting:
-            for name in _references(rules[waiting.pop()]):
-                if name not in rules:
-                    raise GrammarError(f"a grammar that has all its rules: there is no {name!r}")
-                if name not in needed:
-                    needed.add(name)
-                    waiting.append(name)
-        return {name: node for name, node in rules.items() if name in needed}
+        return _needed(_without_dead_ends(_needed(rules)))
 
     def _choice(self, *, nested: bool) -> Node:
         self._depth += 1
@@ -232,6 +224,55 @@ class Reader:
     def _wrong(self, wanted: str) -> GrammarError:
         line = self._text.count("\n", 0, self._at) + 1
         return GrammarError(f"{wanted} in line {line}, where {self._text[self._at : self._at + 20]!r} stands")
+
+
+def _needed(rules: Mapping[str, Node]) -> dict[str, Node]:
+    """Leave the rules that `root` needs."""
+    needed, waiting = {"root"}, ["root"]
+    while waiting:
+        for name in _references(rules[waiting.pop()]):
+            if name not in rules:
+                raise GrammarError(f"a grammar that has all its rules: there is no {name!r}")
+            if name not in needed:
+                needed.add(name)
+                waiting.append(name)
+    return {name: node for name, node in rules.items() if name in needed}
+
+
+def _without_dead_ends(rules: Mapping[str, Node]) -> dict[str, Node]:
+    """Leave out what no text can come to the end of, as `x ::= "a" x`: nothing may begin with it."""
+    ends: set[str] = set()
+    while more := {name for name, node in rules.items() if name not in ends and _can_end(node, ends)}:
+        ends |= more
+    if "root" not in ends:
+        raise GrammarError("a grammar with at least one text that comes to an end")
+    return {name: _alive(node, ends) for name, node in rules.items() if name in ends}
+
+
+def _can_end(node: Node, ends: Set[str]) -> bool:
+    match node:
+        case Reference(name):
+            return name in ends
+        case Parts(parts):
+            return all(_can_end(part, ends) for part in parts)
+        case Choice(parts):
+            return any(_can_end(part, ends) for part in parts)
+        case Repeat(part, least, _):
+            return least == 0 or _can_end(part, ends)
+        case Literal() | Class():
+            return True
+
+
+def _alive(node: Node, ends: Set[str]) -> Node:
+    """Give a node that can end without what in it cannot."""
+    match node:
+        case Parts(parts):
+            return Parts(tuple(_alive(part, ends) for part in parts))
+        case Choice(parts):
+            return Choice(tuple(_alive(part, ends) for part in parts if _can_end(part, ends)))
+        case Repeat(part, least, most):
+            return Repeat(_alive(part, ends), least, most) if _can_end(part, ends) else Literal("")
+    return node
 
 
 def _references(node: Node) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""GBNF grammars written as Lark without changing what they mean.
+"""GBNF grammars written as regular expressions, or as Lark, without changing what they mean.
 
 GBNF speaks of characters. Lark speaks of terminals, each of which takes as much text as it can: `"ab" | "a" "bc"` as
 terminals could never say "abc". So a grammar without recursion becomes a single regular expression, and any other one a
@@ -13,23 +13,24 @@ import re
 from collections.abc import Callable, Mapping
 
 from unspool_constrained.gbnf import Choice, Class, Literal, Node, Parts, Reader, Reference, Repeat, escaped
+from unspool_constrained.languages import Lark, Pattern
 
 LONGEST_REGEX = 100_000
 """Characters of a regular expression into which a grammar without recursion is written out."""
 _GBNF = re.compile(r"^[ \t]*[\w-]+[ \t]*::=", re.MULTILINE)
 
 
-def lark_of_grammar(text: str) -> str:
-    """Give a grammar as Lark, from Lark or GBNF.
+def language_of_grammar(text: str) -> Pattern | Lark:
+    """Give the language of a grammar, in Lark or GBNF.
 
     Raises:
         GrammarError: it is neither; the message says where.
     """
     if not _GBNF.search(text):
-        return text
+        return Lark(text)
     rules = Reader(text).rules()
     regex = _as_regex(rules)
-    return f"start: /{regex}/\n" if regex is not None else _as_lark(rules)
+    return Lark(_as_lark(rules)) if regex is None else Pattern(regex)
 
 
 def _as_regex(rules: Mapping[str, Node]) -> str | None:

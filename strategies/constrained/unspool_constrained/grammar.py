@@ -1,7 +1,7 @@
 """Texts of a context-free grammar, in Lark's notation or in that of llama.cpp (GBNF) and its kin (EBNF).
 
-A Lark grammar begins with `start`, a GBNF grammar with `root`; which of the two it is, is seen. GBNF is translated to
-Lark. Any grammar that is not ambiguous beyond measure is parsed as the text grows.
+A Lark grammar begins with `start`, a GBNF grammar with `root`; which of the two it is, is seen. Any grammar that is not
+ambiguous beyond measure is parsed as the text grows.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 
 from unspool.plugin import per_request
 from unspool_constrained.constraint import Constraint, ConstraintParams
-from unspool_constrained.gbnf_as_lark import lark_of_grammar
-from unspool_constrained.languages import Lark
+from unspool_constrained.gbnf_as_lark import language_of_grammar
+from unspool_constrained.languages import Lark, Pattern
 
 LONGEST = 500_000
 """Characters of a grammar."""
@@ -34,6 +34,6 @@ class ContextFree(Constraint):
         )
 
     @classmethod
-    def language(cls, params: Any) -> Lark:
-        """Give the grammar as Lark."""
-        return Lark(lark_of_grammar(params.grammar))
+    def language(cls, params: Any) -> Pattern | Lark:
+        """Give what the grammar means."""
+        return language_of_grammar(params.grammar)

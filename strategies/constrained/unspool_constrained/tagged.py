@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from unspool.plugin import Parameters, per_request
 from unspool_constrained.constraint import Constraint, ConstraintParams
-from unspool_constrained.gbnf_as_lark import lark_of_grammar
+from unspool_constrained.gbnf_as_lark import language_of_grammar
 from unspool_constrained.languages import Lark, Pattern, Schema, Tag, TaggedText
 from unspool_constrained.schema_limits import check_schema
 
@@ -70,5 +70,5 @@ def _tag(tag: TagParams) -> Tag:
     elif tag.regex is not None:
         inner = Pattern(tag.regex)
     else:
-        inner = Lark(lark_of_grammar(tag.grammar or ""))
+        inner = language_of_grammar(tag.grammar or "")
     return Tag(tag.begin, inner, tag.end)

@@ -1,8 +1,8 @@
 """Keeping a budget: near its end, only tokens after which the text can still be completed.
 
 Let r be how many tokens may still come, and w the way to the end from a row. While r >= |w| + 2 + SLACK nothing is
-done. Then a token is allowed if it is the next one of w, or if w still leads to the end after it and r >= |w| + 2. Of
-the tokens that the language allows, the `LIKELIEST` are tried so; all others are forbidden there.
+done. Then a token is allowed if it is the next one of w, or if after it w, or a beginning of it, leads to the end in
+time. Of the tokens that the language allows, the `LIKELIEST` are tried so; all others are forbidden there.
 
 An end takes one token, so a way of |w| tokens needs r >= |w| + 1, and each token that is allowed keeps that true. What
 can break it is one token, taken before, that obliges the text to more than SLACK tokens at once; and a language in
@@ -48,14 +48,13 @@ def keep_within(step: Step, places: Sequence[Place], logits: Tensor, masks: Octe
 def _in_time(place: Place, way: tuple[int, ...], room: int, logits: Tensor, mask: Octets) -> list[int]:
     """List tokens after which the text can still be completed in time. One row: `[1, vocab]`, `[1, octets]`."""
     good = list(way[:1])
-    if room < len(way) + 2:
-        return good
     assert place.finder is not None
     masked = logits.clone()
     forbid(masked, mask)
     best = masked[0].topk(min(LIKELIEST, masked.shape[1]))
     for token in best.indices[best.values > -torch.inf].tolist():
         after = place.position.advance(token)
-        if after is not None and place.finder.leads(after, way) is not None:
+        rest = None if after is None else place.finder.leads(after, way)
+        if rest is not None and len(rest) + 2 <= room:
             good.append(token)
     return good
