@@ -11,6 +11,7 @@ from unspool.pipeline import Pipeline
 from unspool.plugin import Plugin
 from unspool.request import PreparedRequest
 from unspool_greedy import Greedy
+from unspool_many.asap import ASAp
 from unspool_penalties.repetition import RepetitionPenalty
 from unspool_sample.mirostat import Mirostat
 from unspool_sample.sample import Sample
@@ -42,6 +43,7 @@ PIPELINES: Mapping[str, Callable[[], Pipeline]] = {
         plugin(NarrowSearch, children=3, width=3, enough=3), [plugin(NoDoubles), plugin(Calm), plugin(Guidance)]
     ),
     "particles": lambda: Pipeline(plugin(Particles), [plugin(Tired)]),
+    "asap": lambda: Pipeline(plugin(ASAp, samples=4, together=2), [plugin(NoDoubles)]),
     "choice": lambda: Pipeline(plugin(LookAheadChoice)),
     "choice, hesitant": lambda: Pipeline(
         plugin(LookAheadChoice, margin=1.0), [plugin(Bias, bias=2.0), plugin(Guidance)]
@@ -52,7 +54,7 @@ PIPELINES: Mapping[str, Callable[[], Pipeline]] = {
     ),
 }
 
-MOST_BRANCHES = {"forks": 4, "search": 2, "search, grammar": 3}
+MOST_BRANCHES = {"forks": 4, "search": 2, "search, grammar": 3, "asap": 3}
 """Of pipelines whose requests may have more branches than they begin with."""
 
 

@@ -38,7 +38,7 @@ def test_no_drafter_changes_a_text(name: str, drafter: str) -> None:
             with_plugin(MADE[name], DRAFTERS[drafter](0))
         return
 
-    @settings(max_examples=5, deadline=None, database=None)
+    @settings(max_examples=8, deadline=None, database=None)
     @given(st.data())
     def check(data: st.DataObject) -> None:
         one = data.draw(requests(MADE[name], VOCAB))
