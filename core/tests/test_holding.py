@@ -62,6 +62,7 @@ def test_a_row_that_stays_may_have_children_time_and_again() -> None:
 def test_it_stays_whoever_else_is_there_and_whatever_is_guessed() -> None:
     pipeline = Pipeline(plugin(OneAfterAnother))
     one = request(pipeline, (3,), n=4, max_new_tokens=3, end_ids=())
+    # A pass that only a guess would need is not made, so that guesses never cost one.
     check_speculation(MODEL, one, pipeline, with_plugin(pipeline, plugin(GuessTrees, seed=1, vocab_size=4, width=2)))
     wanted = texts(alone(MODEL, [one])[0])
     crowd = [request(pipeline, (3,), n=4, max_new_tokens=3, end_ids=(), id=str(i)) for i in range(3)]

@@ -63,6 +63,7 @@ class Drafting:
                     group.forget_drafts_of(live)
                     self._fail(live, error)
             group.lives = [live for live in group.lives if live.result is None]
+        group.give_up_idle_guesses()
         group.trim()
 
     def _call(self, plan: Plan, groups: Sequence[Group], group: Group, lives: Sequence[Live]) -> None:

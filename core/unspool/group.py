@@ -221,12 +221,16 @@ class Group:
 
     def give_up_guesses(self) -> bool:
         """Delete all drafts but the strategy's own, for want of slots. False: there are none."""
-        guesses = [
-            node
-            for live in self.lives
-            for node in live.drafts
-            if self.drafts[node].plugin is not self.pipeline.strategy
-        ]
+        return any([self._give_up_guesses_of(live) for live in self.lives])
+
+    def give_up_idle_guesses(self) -> None:
+        """Delete the guesses of requests that have nothing else to run: a pass for guesses alone saves none."""
+        for live in self.lives:
+            if all(branch.held is not None for branch in live.branches) and not live.held_drafts:
+                self._give_up_guesses_of(live)
+
+    def _give_up_guesses_of(self, live: Live) -> bool:
+        guesses = [node for node in live.drafts if self.drafts[node].plugin is not self.pipeline.strategy]
         for node in sorted(guesses, key=self.tree.length.__getitem__, reverse=True):
             self.forget(node)
         return bool(guesses)

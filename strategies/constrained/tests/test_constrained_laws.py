@@ -121,7 +121,7 @@ SUBJECTS: dict[str, tuple[type[Constraint], Sequence[str], dict[str, Any], type]
     "tagged": (
         Tagged,
         LETTERS,
-        {"tags": [{"begin": "[", "end": "]", "regex": "a+"}]},
+        {"tags": [{"begin": "[", "end": "]", "regex": "a+"}], "required": False},
         asks(lambda text: bool(TAGGED.fullmatch(text)), lambda text: bool(TAGGED.fullmatch(text, partial=True))),
     ),
 }

@@ -61,7 +61,7 @@ HOOKS = (
         "a state that waits for its log-probability passes for a state",
         "mirostat",
         "speculation_is_invisible",
-        edit(Decider.states, "if state is PENDING or state is None", "if state is None"),
+        edit(Decider._folded, "if state is PENDING or state is None", "if state is None"),
     ),
     fault(
         "transforms write where the model's logits lie",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from power.fault import Fault, fault
 from power.slips import edit
+from unspool.drafting import Drafting
 from unspool.grow import Grower
 from unspool.rounds import Rounds
 from unspool_speculative.rejection import Rejection
@@ -26,5 +27,11 @@ FAULTS: tuple[Fault, ...] = (
         "lookahead",
         "cost",
         edit(Grower._hold, "draft.kept is None and self.group.ran(node)", "False"),
+    ),
+    fault(
+        "a pass is made for guesses alone",
+        "asap",
+        "speculation_is_invisible",
+        edit(Drafting._hang_below, "group.give_up_idle_guesses()", "pass"),
     ),
 )
