@@ -221,7 +221,8 @@ class Group:
 
     def give_up_guesses(self) -> bool:
         """Delete all drafts but the strategy's own, for want of slots. False: there are none."""
-        return any([self._give_up_guesses_of(live) for live in self.lives])
+        given_up = [self._give_up_guesses_of(live) for live in self.lives]
+        return any(given_up)
 
     def give_up_idle_guesses(self) -> None:
         """Delete the guesses of requests that have nothing else to run: a pass for guesses alone saves none."""
