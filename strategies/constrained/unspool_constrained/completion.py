@@ -1,7 +1,8 @@
 """Ways to the end: how few tokens complete a text that has begun.
 
 What is wanted near the end of a budget is some short completion, not a proof that none is shorter. It is looked for in
-depth, from short limits to long ones, and at every place those tokens are tried first that close something: brackets,
+depth, from short limits to long ones. At every place those tokens are tried first that end the text, then those after
+which the language leaves no choice: they finished something. Among the others those that close come first: brackets,
 quotes, then other marks, digits, letters, and last what opens or continues. Text that the language forces is one move.
 A way that was found is kept as long as it still leads to the end, so that most tokens cost one walk along it.
 
@@ -10,12 +11,14 @@ Costs a mask a place that is looked at, some 50 microseconds; a search looks at 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
-from unspool_constrained.engine import Engine, Position
+from unspool_constrained.engine import Compiled, Engine, Position
 from unspool_constrained.vocabulary import Vocabulary
 
 LONGEST = 256
@@ -24,7 +27,8 @@ PLACES = 160
 """Places that a search looks at, for each limit of length."""
 _KINDS = (
     b"}])>",
-    b"\"'`",
+    b'"',
+    b"'`",
     b"",
     b"0123456789",
     b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ",
@@ -34,6 +38,10 @@ _KINDS = (
     b"{[(<",
 )
 """Kinds of bytes, those that close first; the empty kind is all others."""
+
+
+_FIRST: WeakKeyDictionary[Compiled, dict[bool, tuple[int, ...] | None]] = WeakKeyDictionary()
+"""Of languages that were asked about: the way from the beginning, with end tokens and without."""
 
 
 class Finder:
@@ -57,22 +65,23 @@ class Finder:
         if way and way[0] == token:
             return way[1:]
         kept = None if way is None else self.leads(position, way)
-        return self.search(position) if kept is None else kept
+        return self.search(position, 2 * len(way or ())) if kept is None else kept
 
     def leads(self, position: Position, way: tuple[int, ...]) -> tuple[int, ...] | None:
         """Follow a way, and give what of it was needed to come to an end; None: it does not lead there."""
-        for taken, token in enumerate(way):
-            if self.closed(position):
-                return way[:taken]
-            after = position.advance(token)
-            if after is None:
-                return None
-            position = after
-        return way if self.closed(position) else None
+        taken = position.closes_after(way, with_end=self._ends)
+        return None if taken is None else way[:taken]
 
-    def search(self, position: Position) -> tuple[int, ...] | None:
-        """Look for a short way from `position`."""
-        limit = 1
+    def first(self, compiled: Compiled) -> tuple[int, ...] | None:
+        """Look for a way from the beginning of a language, once for all requests."""
+        known = _FIRST.setdefault(compiled, {})
+        if self._ends not in known:
+            known[self._ends] = self.search(compiled.start())
+        return known[self._ends]
+
+    def search(self, position: Position, limit: int = 1) -> tuple[int, ...] | None:
+        """Look for a short way from `position`, at first of at most `limit` tokens."""
+        limit = max(1, min(limit, LONGEST))
         while limit <= LONGEST:
             self._left = PLACES
             way = self._deepen(position, limit)
@@ -88,41 +97,46 @@ class Finder:
             return None
         self._left -= 1
         forced = position.forced(limit)
-        for move in [tuple(forced)] if forced else [(token,) for token in self._candidates(position)]:
-            after: Position | None = position
-            for token in move:
-                after = after.advance(token) if after is not None else None
-            rest = None if after is None else self._deepen(after, limit - len(move))
+        for move, after in self._moves(position, [forced] if forced else [[t] for t in self._candidates(position)]):
+            rest = self._deepen(after, limit - len(move))
             if rest is not None:
                 return (*move, *rest)
         return None
+
+    def _moves(self, position: Position, moves: Sequence[Sequence[int]]) -> list[tuple[Sequence[int], Position]]:
+        """List moves with where they lead: those to an end, those after which something is forced, others."""
+        found: list[tuple[int, Sequence[int], Position]] = []
+        for move in moves:
+            after: Position | None = position
+            for token in move:
+                after = after.advance(token) if after is not None else None
+            if after is not None:
+                rank = 0 if self.closed(after) else 1 if len(moves) == 1 or after.forced(1) else 2
+                found.append((rank, move, after))
+        return [(move, after) for _, move, after in sorted(found, key=lambda one: one[0])]
 
     def _candidates(self, position: Position) -> list[int]:
         """List one token of each kind that may follow, those that close first."""
         octets = self._engine.masks([position])[0].view(np.uint8)
         allowed = np.unpackbits(octets, count=len(self._vocabulary), bitorder="little").view(bool)
-        order, kinds = self._order
-        there = allowed[order]
-        _, first = np.unique(kinds[there], return_index=True)
-        found: list[int] = order[there][first].tolist()
-        return found
+        firsts = ((kind, int(allowed[kind].argmax())) for kind in self._kinds)
+        return [int(kind[first]) for kind, first in firsts if allowed[kind[first]]]
 
     @cached_property
-    def _order(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        return _ordered(self._vocabulary)
+    def _kinds(self) -> list[NDArray[np.int64]]:
+        return _by_kind(self._vocabulary)
 
 
-def _ordered(vocabulary: Vocabulary) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Sort the tokens by kind, and give both. A token is of the last kind that it has a byte of; long ones come first
-    where they close, short ones elsewhere.
-    """
+def _by_kind(vocabulary: Vocabulary) -> list[NDArray[np.int64]]:
+    """List the tokens by kind: the last one that a token has a byte of. Of those that close long ones come first."""
     known = vocabulary.kinds
     if known is None:
-        kind_of = np.full(256, 2, dtype=np.int64)
+        kind_of = np.full(256, _KINDS.index(b""), dtype=np.int64)
         for kind, characters in enumerate(_KINDS):
             kind_of[list(characters)] = kind
         kinds = np.array([max((int(kind_of[b]) for b in token), default=len(_KINDS)) for token in vocabulary.tokens])
         sizes = np.array([len(token) for token in vocabulary.tokens])
-        order = np.lexsort((np.arange(len(kinds)), np.where(kinds < 2, -sizes, sizes), kinds))
-        known = vocabulary.kinds = (order, kinds[order])
+        order = np.lexsort((np.arange(len(kinds)), np.where(kinds < 3, -sizes, sizes), kinds))
+        pieces = np.split(order, np.flatnonzero(np.diff(kinds[order])) + 1)
+        known = vocabulary.kinds = [piece for piece in pieces if len(piece)]
     return known

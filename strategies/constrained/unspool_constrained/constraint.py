@@ -91,18 +91,18 @@ class Constraint(Plugin):
         params: Any = request.parameters[self.name]
         vocabulary = self.vocabulary(request)
         try:
-            position = ENGINE.compile(self.language(params), vocabulary).start()
+            compiled = ENGINE.compile(self.language(params), vocabulary)
         except GrammarError as error:
             said = getattr(params, self.said_by)
             raise InputError(f"{self.name}.{self.said_by}", said, str(error)) from error
         if not params.complete_within:
-            return Place(position)
-        place = Place(position, Finder(ENGINE, vocabulary, bool(request.end_ids)))
-        way, most = place.way(), request.limits.max_new_tokens
+            return Place(compiled.start())
+        finder = Finder(ENGINE, vocabulary, bool(request.end_ids))
+        way, most = finder.first(compiled), request.limits.max_new_tokens
         if way is not None and len(way) + 1 > most:
             shortest = f"at least {len(way) + 1}: {self.name} is to be complete, and no shorter text of it was found"
             raise InputError("max_new_tokens", most, shortest)
-        return place
+        return Place(compiled.start(), finder, way=way)
 
     def advance(self, state: Place, token: int, logprob: float = 0.0) -> Place | None:
         """Give the place one token later."""

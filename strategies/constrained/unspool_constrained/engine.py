@@ -38,6 +38,9 @@ class Position(Protocol):
     def advance(self, token: int) -> Position | None:
         """Give the position one token later, or None if that token cannot follow. This position stays as it is."""
 
+    def closes_after(self, tokens: Sequence[int], *, with_end: bool) -> int | None:
+        """Say how many of these tokens bring the text to where it may end, or must without end tokens; else None."""
+
     def forced(self, most: int) -> list[int]:
         """List the tokens that the language leaves no choice about, canonically tokenized, at most so many."""
 

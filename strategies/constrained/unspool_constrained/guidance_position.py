@@ -7,6 +7,7 @@ given an end: the end of a text is ours.
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from concurrent.futures import Future
 
 from llguidance import LLMatcher
@@ -72,6 +73,17 @@ class GuidancePosition:
         if position._depth % REMEMBERED == 0:
             position._forget()
         return position
+
+    def closes_after(self, tokens: Sequence[int], *, with_end: bool) -> int | None:
+        """Say how many of these tokens bring the text to where it may end, or must without end tokens; else None."""
+        self._settle()
+        matcher = self.matcher.deep_copy()  # which may break: nobody else has it
+        for taken, token in enumerate(tokens):
+            if _is_closed(matcher, with_end):
+                return taken
+            if not matcher.consume_token(token):
+                return None
+        return len(tokens) if _is_closed(matcher, with_end) else None
 
     def forced(self, most: int) -> list[int]:
         """List the tokens that the language leaves no choice about, canonically tokenized, at most so many."""
@@ -140,6 +152,10 @@ class GuidanceGrammar:
         """Give the position before any text."""
         with self._lock:
             return GuidancePosition(self, self._matcher.deep_copy())
+
+
+def _is_closed(matcher: LLMatcher, with_end: bool) -> bool:
+    return matcher.is_stopped() or (with_end and matcher.is_accepting())
 
 
 def first_line(error: str) -> str:

@@ -12,18 +12,22 @@ class Place:
     Args:
         position: in the language.
         finder: finds ways to the end; None: nobody needs one.
-        before: the place one token earlier, and that token.
+        before: the place one token earlier, and that token; None: there is no text yet.
+        way: from there to the end.
     """
 
     __slots__ = ("_asked", "_before", "_finder", "_way", "position")
 
     def __init__(
-        self, position: Position, finder: Finder | None = None, before: tuple[Place, int] | None = None
+        self,
+        position: Position,
+        finder: Finder | None = None,
+        before: tuple[Place, int] | None = None,
+        way: tuple[int, ...] | None = None,
     ) -> None:
         self.position, self._finder = position, finder
         self._before = before if finder is not None else None
-        self._way: tuple[int, ...] | None = None
-        self._asked = False
+        self._way, self._asked = way, before is None
 
     def advance(self, token: int) -> Place | None:
         """Give the place one token later, or None if the language forbids that token."""
@@ -57,8 +61,6 @@ class Place:
             place = place._before[0] if place._before is not None else None
         for place in reversed(unknown):
             before, place._before, place._asked = place._before, None, True
-            if before is None:
-                place._way = self._finder.search(place.position)
-            else:
-                place._way = self._finder.after(before[0]._way, before[1], place.position)
+            assert before is not None
+            place._way = self._finder.after(before[0]._way, before[1], place.position)
         return self._way

@@ -27,8 +27,8 @@ class Vocabulary:
 
     def __init__(self, tokens: Sequence[bytes], encode: Callable[[str], list[int]]) -> None:
         self.tokens, self.encode = tuple(tokens), encode
-        self.kinds: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
-        """The ids in the order in which a way to the end tries them, and their kinds; None: nobody asked yet."""
+        self.kinds: list[NDArray[np.int64]] | None = None
+        """The ids by kind, as a way to the end tries them; None: nobody asked yet."""
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -2,7 +2,7 @@
 
 Let r be how many tokens may still come, and w the way to the end from a row. While r >= |w| + 2 + SLACK nothing is
 done. Then a token is allowed if it is the next one of w, or if after it w, or a beginning of it, leads to the end in
-time. Of the tokens that the language allows, the `LIKELIEST` are tried so; all others are forbidden there.
+time. Of the tokens that the language allows, the likeliest are tried so; all others are forbidden there.
 
 An end takes one token, so a way of |w| tokens needs r >= |w| + 1, and each token that is allowed keeps that true. What
 can break it is one token, taken before, that obliges the text to more than SLACK tokens at once; and a language in
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 SLACK = 24
 """How many tokens before the last moment the stretch begins in which tokens are tried."""
-LIKELIEST = 48
-"""Tokens that are tried at each place of it."""
+LIKELIEST, LIKELIEST_AT_LAST = 32, 8
+"""Tokens that are tried at each place of it; and where there is room for w and nothing else."""
 
 
 def keep_within(step: Step, places: Sequence[Place], logits: Tensor, masks: Octets) -> None:
@@ -51,7 +51,8 @@ def _in_time(place: Place, way: tuple[int, ...], room: int, logits: Tensor, mask
     assert place.finder is not None
     masked = logits.clone()
     forbid(masked, mask)
-    best = masked[0].topk(min(LIKELIEST, masked.shape[1]))
+    tried = LIKELIEST if len(way) + 2 <= room else LIKELIEST_AT_LAST
+    best = masked[0].topk(min(tried, masked.shape[1]))
     for token in best.indices[best.values > -torch.inf].tolist():
         after = place.position.advance(token)
         rest = None if after is None else place.finder.leads(after, way)
