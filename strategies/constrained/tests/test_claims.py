@@ -66,6 +66,7 @@ def agree(kind: type[Constraint], characters: str, most: int, **said: Any) -> in
         'root ::= ("[" root "]" | )+ "a"',
         'root ::= x{2,3} [^a]\nx ::= [b-c] | x "a"',
         'root ::= "a"* ("b"{2} | "c"?){1,2}',
+        'root ::= "a" x | "b" ("c" x)* | "c" x? root\nx ::= "b" x',
         'start: "[" start "]" | "a"',
         r"start: /[a1]/ start | /\]/",
         'start: rest? "a"\nrest: ("b" | /[^ab1]/)+ | rest "1"',

@@ -92,7 +92,7 @@ class Reader:
             self._skip(_SPACES)
         if "root" not in rules:
             raise GrammarError("a grammar with a rule `root`")
-        return _needed(_without_dead_ends(_needed(rules)))
+        return _needed(rules)
 
     def _choice(self, *, nested: bool) -> Node:
         self._depth += 1
@@ -239,14 +239,18 @@ def _needed(rules: Mapping[str, Node]) -> dict[str, Node]:
     return {name: node for name, node in rules.items() if name in needed}
 
 
-def _without_dead_ends(rules: Mapping[str, Node]) -> dict[str, Node]:
-    """Leave out what no text can come to the end of, as `x ::= "a" x`: nothing may begin with it."""
+def without_dead_ends(rules: Mapping[str, Node]) -> dict[str, Node]:
+    """Leave out what no text can come to the end of, as `x ::= "a" x`: nothing may begin with it.
+
+    Raises:
+        GrammarError: nothing is left.
+    """
     ends: set[str] = set()
     while more := {name for name, node in rules.items() if name not in ends and _can_end(node, ends)}:
         ends |= more
     if "root" not in ends:
         raise GrammarError("a grammar with at least one text that comes to an end")
-    return {name: _alive(node, ends) for name, node in rules.items() if name in ends}
+    return _needed({name: _alive(node, ends) for name, node in rules.items() if name in ends})
 
 
 def _can_end(node: Node, ends: Set[str]) -> bool:

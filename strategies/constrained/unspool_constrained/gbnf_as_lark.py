@@ -12,7 +12,18 @@ import json
 import re
 from collections.abc import Callable, Mapping
 
-from unspool_constrained.gbnf import Choice, Class, Literal, Node, Parts, Reader, Reference, Repeat, escaped
+from unspool_constrained.gbnf import (
+    Choice,
+    Class,
+    Literal,
+    Node,
+    Parts,
+    Reader,
+    Reference,
+    Repeat,
+    escaped,
+    without_dead_ends,
+)
 from unspool_constrained.languages import Lark, Pattern
 
 LONGEST_REGEX = 100_000
@@ -28,7 +39,7 @@ def language_of_grammar(text: str) -> Pattern | Lark:
     """
     if not _GBNF.search(text):
         return Lark(text)
-    rules = Reader(text).rules()
+    rules = without_dead_ends(Reader(text).rules())
     regex = _as_regex(rules)
     return Lark(_as_lark(rules)) if regex is None else Pattern(regex)
 
