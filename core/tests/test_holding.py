@@ -54,9 +54,7 @@ def test_a_row_that_stays_may_have_children_time_and_again() -> None:
     for tokens, _ in texts(result):
         for place in (1, 2):
             assert tokens[place] == int(MODEL.logits_after((3, *tokens[:place])).argmax())
-    assert result.stats.forward_passes == 9, (
-        "the prompt with the first text, two tokens of each, and one look at a draft"
-    )
+    assert result.stats.forward_passes == 9, "the prompt, and two tokens of each text in turn"
 
 
 def test_it_stays_whoever_else_is_there_and_whatever_is_guessed() -> None:
