@@ -77,6 +77,10 @@ def _one_or_many(value: object) -> object:
     return (value,) if isinstance(value, str | int) and not isinstance(value, bool) else value
 
 
+def _switch(value: object) -> object:
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value  # so YAML reads on and off
+
+
 def _placeholder(name: str) -> WithJsonSchema:
     return WithJsonSchema({PLACEHOLDER: name})
 
@@ -162,6 +166,10 @@ class ModelSettings(_Closed):
     )
     device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N.")
     quantization: Quantization | None = Field(default=None, description="How the weights are quantized at load.")
+    compile: Annotated[Literal["off", "auto", "on"], BeforeValidator(_switch)] = Field(
+        default="auto",
+        description="Machine code made for this model: auto uses what `unspool compile` or a long run has made.",
+    )
     revision: str | None = Field(default=None, description="A branch, tag or commit on the hub.")
     trust_remote_code: bool = Field(
         default=False, strict=True, description="Run model code that comes with the weights."

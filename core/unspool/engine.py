@@ -130,6 +130,7 @@ class Engine:
         quantization: str | Mapping[str, Any] | None = None,
         revision: str | None = None,
         trust_remote_code: bool | None = None,
+        compile: str | None = None,  # noqa: A002 -- as the config has it
         **settings: Any,
     ) -> Engine:
         """Load a model and make an engine of it. Arguments override the config's `model` and `engine` sections.
@@ -143,6 +144,7 @@ class Engine:
             quantization: a scheme of bitsandbytes or torchao.
             revision: a branch, tag or commit on the hub.
             trust_remote_code: run model code that comes with the weights.
+            compile: `off`, `auto` or `on`: whether machine code made for this model is used, and made.
             settings: fields of `EngineSettings`.
 
         Raises:
@@ -157,6 +159,7 @@ class Engine:
             "quantization": quantization,
             "revision": revision,
             "trust_remote_code": trust_remote_code,
+            "compile": compile,
         }
         chosen = defaults.config.model.model_dump() | {k: v for k, v in given.items() if v is not None}
         chosen["name"] = model or chosen["name"]
@@ -175,7 +178,7 @@ class Engine:
         except BaseException:
             worker.stop()
             raise
-        like = {key: chosen[key] for key in ("dtype", "device")}
+        like = {key: chosen[key] for key in ("dtype", "device", "compile")}
         return cls(
             loaded.runner,
             loaded.tokenizer,

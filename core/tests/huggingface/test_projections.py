@@ -40,7 +40,7 @@ def test_weights_are_packed_within_rounding_where_the_processor_can(
     can_pack: bool | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if can_pack is not None:
-        monkeypatch.setattr(projections, "_can_pack", lambda dtype: can_pack)
+        monkeypatch.setattr(projections, "can_pack", lambda dtype: can_pack)
     model = tiny_model("llama", dtype=dtype)
     ids = torch.randint(3, 60, (1, 9), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
@@ -48,7 +48,7 @@ def test_weights_are_packed_within_rounding_where_the_processor_can(
         quicken(model)
         after = model(ids, use_cache=False).logits
     packed = isinstance(model.get_submodule("model.layers.0.self_attn.o_proj"), Packed)
-    assert packed == projections._can_pack(dtype)
+    assert packed == projections.can_pack(dtype)
     tolerance = 0.05 if dtype == torch.bfloat16 else 1e-5
     torch.testing.assert_close(after, before, rtol=tolerance, atol=tolerance * float(before.abs().max()))
 

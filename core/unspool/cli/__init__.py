@@ -1,4 +1,4 @@
-"""The command line: `unspool generate`, `run`, `plugins` and `config`, and what other distributions add.
+"""The command line: `unspool generate`, `run`, `compile`, `plugins` and `config`, and what other distributions add.
 
 Exit codes: 0 done, 1 some request failed, 2 the input is wrong, 3 the output could not be written. Nothing here imports
 torch or a model before a command needs it, so help and completion are quick.
@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from unspool.cli import compile as compiling
 from unspool.cli import config, generate, plugins, run
 from unspool.cli.commands import Commands
 
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 app.command("generate")(generate.generate)
 app.command("run")(run.run)
+app.command("compile")(compiling.compile_model)
 app.command("plugins")(plugins.plugins)
 app.add_typer(config.app, name="config")
 

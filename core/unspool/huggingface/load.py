@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from unspool.errors import ConfigError, InputError, ModelError, Problem
-from unspool.huggingface import gguf
+from unspool.huggingface import compiler, gguf
 from unspool.huggingface.bars import no_bars
 from unspool.huggingface.hub import check_reachable
 from unspool.huggingface.projections import quicken
@@ -81,6 +81,8 @@ def load(
     quantization: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    compile: str = "auto",  # noqa: A002 -- as the config has it
+    quick: bool = True,
 ) -> LoadedModel:
     """Load a causal language model and its tokenizer.
 
@@ -91,12 +93,17 @@ def load(
         quantization: `bitsandbytes-8bit`, `bitsandbytes-4bit`, `torchao-int8` or `torchao-int4`; None: as it is stored.
         revision: a branch, tag or commit on the hub.
         trust_remote_code: run code that comes with the model.
+        compile: `off`: plain torch. `auto`: use what has been compiled for this model and machine, and compile it
+            beside the work once that has gone on for minutes. `on`: begin to compile it at once, beside the work.
+        quick: lay its weights out anew for a CPU; False: leave the model as transformers makes it.
 
     Raises:
         InputError: an argument is none of these.
         ModelError: there is no such model, it is broken, it has no tokenizer, a package that it needs is not installed,
             or it cannot be run; with the reason.
     """
+    if compile not in ("off", "auto", "on"):
+        raise InputError("compile", compile, "allowed are off, auto and on")
     target = _device(device)
     kind = _dtype(dtype, target)
     settings: dict[str, Any] = {"trust_remote_code": trust_remote_code}
@@ -124,8 +131,18 @@ def load(
         raise ModelError(f"model {name!r} cannot be loaded: {type(error).__name__}: {error}") from error
     if lacking := sorted(report["missing_keys"]):
         raise ModelError(f"model {name!r} is broken: {len(lacking)} weights are missing, such as {lacking[0]}")
-    runner = HuggingFaceRunner(model if quantized else model.to(target))
-    if not quantized:
+    runner = HuggingFaceRunner(model if quantized else model.to(target), compiled=compile != "off")
+    if compile != "off" and runner.can_compile and not quantized and not runner.use_compiled():
+        words = compiler.command(
+            name,
+            dtype=str(model.dtype).removeprefix("torch."),
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            threads=torch.get_num_threads(),
+        )
+        after = 0.0 if compile == "on" else compiler.PAYS_AFTER_S
+        runner.compiler = compiler.Compiler(words, after, runner.use_compiled)
+    if quick and not quantized:
         quicken(model)
     return LoadedModel(runner, tokenizer, model.generation_config, name)
 

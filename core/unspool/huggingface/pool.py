@@ -71,6 +71,10 @@ class Pool:
         groups = {layer: Group(layer, layers.count(layer), slots, device) for layer in dict.fromkeys(layers)}
         self.places = [(groups[layer], layers[:number].count(layer)) for number, layer in enumerate(layers)]
         """Layer -> its group, and its row there."""
+        self.rows = [group.row_keys[at] for group, at in self.places] + [
+            group.row_values[at] for group, at in self.places
+        ]
+        """The keys of every layer, then the values of every layer, each `[1, kv heads, slots, width]`."""
         self._spoilt = torch.zeros((), dtype=torch.bool, device=device)
 
     def look_at(self, logits: Tensor) -> None:

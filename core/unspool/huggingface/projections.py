@@ -82,7 +82,7 @@ def quicken(model: PreTrainedModel) -> None:
     """Replace linear layers of a model on a CPU by quicker ones that compute the same."""
     if model.device.type != "cpu":
         return
-    packs = model.dtype in (torch.bfloat16, torch.float32) and _can_pack(model.dtype) and _fits_twice(model)
+    packs = model.dtype in (torch.bfloat16, torch.float32) and can_pack(model.dtype) and _fits_twice(model)
     for names in _siblings(model):
         linears = [model.get_submodule(name) for name in names]
         for name, part in zip(names, _joined([m for m in linears if isinstance(m, nn.Linear)], packs), strict=False):
@@ -100,7 +100,7 @@ def _fits_twice(model: PreTrainedModel) -> bool:
     return 2 * size < free_bytes(model.device)
 
 
-def _can_pack(dtype: torch.dtype) -> bool:
+def can_pack(dtype: torch.dtype) -> bool:
     """Tell whether oneDNN is there, and packs such weights on this processor (bfloat16 without AVX-512 raises)."""
     try:
         Packed(torch.zeros((16, 16), dtype=dtype), None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,10 +21,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from unspool.errors import ModelError
-from unspool.huggingface import attention, memory, probe
+from unspool.huggingface import attention, kernel, memory, probe
 from unspool.huggingface import survey as surveys
+from unspool.huggingface.compiler import Compiler
+from unspool.huggingface.package import KINDS, Package, Subject
 from unspool.huggingface.plan import Plan
 from unspool.huggingface.pool import Pool
+from unspool.huggingface.table import TablePlan
 from unspool.runner import Batch, Output
 
 
@@ -32,12 +36,13 @@ class HuggingFaceRunner:
 
     Args:
         model: a causal language model, on its device.
+        compiled: use what has been compiled for this machine, such as the attention kernel, where it can be used.
 
     Raises:
         ModelError: it cannot be run packed, or does not then give what it gives by itself; with the reason.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, compiled: bool = True) -> None:
         model.train(False)
         self._model = model
         self._device = model.device
@@ -56,6 +61,10 @@ class HuggingFaceRunner:
             self._window = _window(text)
             self._shallow: dict[int, PreTrainedModel] = {}
             self._pool: Pool | None = None
+            self._packages: Sequence[Package] = ()
+            self.compiler: Compiler | None = None
+            """Compiles the model when it has computed for long enough, if that is wanted and was not done before."""
+            self._kernel = compiled and self.can_compile and kernel.available()
             probe.compare(self, model)
             self._digest = _digest(model)
             self._pool = None
@@ -99,6 +108,31 @@ class HuggingFaceRunner:
         """A short name of exactly these weights: a hash of the config and of a sample of every weight."""
         return self._digest
 
+    @property
+    def can_compile(self) -> bool:
+        """Tell whether there is machine code to be made for this model: on a CPU, for all dtypes but float64."""
+        return self._device.type == "cpu" and all(layer.dtype in kernel.DTYPES for layer in self.layer_kinds)
+
+    @property
+    def compiled(self) -> Sequence[str]:
+        """Name what of it runs as machine code made for it: `attention`, and passes of `one` or `many` tokens."""
+        return [*(["attention"] if self._kernel else []), *(package.kind.name for package in self._packages)]
+
+    @property
+    def subject(self) -> Subject:
+        """Give what its packages are made of."""
+        return Subject(self._model, self.layer_kinds, self._listening)
+
+    def use_compiled(self) -> bool:
+        """Use all that has been compiled for it from the next pass on, and say whether nothing is missing."""
+        self._kernel = kernel.available()
+        subject = self.subject
+        made = [kind for kind in KINDS if self._kernel and subject.path(kind).is_file()]
+        size = sum(subject.path(kind).stat().st_size for kind in made)
+        if size < self.free_bytes() // 2:
+            self._packages = [Package(subject, kind) for kind in made]
+        return len(made) == len(KINDS)
+
     def slot_bytes(self) -> int:
         """Bytes of keys and values that one slot takes."""
         return sum(layer.slot_bytes for layer in self.layer_kinds)
@@ -116,6 +150,16 @@ class HuggingFaceRunner:
     def forward(self, batch: Batch) -> Output:
         """Run one packed pass, storing keys and values in the batch's slots."""
         assert self._pool is not None, "allocate before the first pass"
+        start = time.monotonic()
+        package = next((package for package in self._packages if package.takes(batch)), None)
+        output = self._eager(self._pool, batch) if package is None else package.run(self._pool, batch)
+        self._pool.look_at(output.logits)
+        if self.compiler is not None:
+            self.compiler.note(time.monotonic() - start)
+        return output
+
+    def _eager(self, pool: Pool, batch: Batch) -> Output:
+        """Run one packed pass by the model's own code."""
         model = self._model if batch.layers is None else self._first(batch.layers)
         with self._listening(model, batch.hidden) as hidden:
             output = model(
@@ -123,9 +167,8 @@ class HuggingFaceRunner:
                 position_ids=self._tensor(batch.positions)[None],
                 use_cache=False,
                 logits_to_keep=self._tensor(batch.wanted),
-                unspool=Plan(self._pool, batch),
+                unspool=TablePlan(pool, batch) if self._kernel else Plan(pool, batch),
             )
-        self._pool.look_at(output.logits[0])
         return Output(output.logits[0], hidden)
 
     @torch.inference_mode()

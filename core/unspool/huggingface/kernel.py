@@ -1,0 +1,124 @@
+"""The attention kernel: a C++ operator, built once for a machine and a release of torch, kept in the user's cache.
+
+It reads keys and values where they lie in the pool, any path of any tree, and a prefix that many paths share once for
+all of them (`attention.cpp`). Where there is no C++ compiler, or on a GPU, attention is plain torch (`plan.py`).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+from unspool.errors import ModelError
+
+_log = logging.getLogger(__name__)
+_SOURCE = Path(__file__).with_name("attention.cpp")
+_FLAGS = ("-O3", "-std=c++20", "-shared", "-fPIC", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi")
+_TIMEOUT_S = 600
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What it computes on; float64 is left to plain torch."""
+
+
+def cache_folder() -> Path:
+    """Give the folder in the user's cache where what is compiled is kept."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "unspool" / "compiled"
+
+
+@functools.cache
+def machine() -> str:
+    """Name what compiled code depends on: the processor's instructions, the system, and torch's release."""
+    features = ""
+    with_flags = Path("/proc/cpuinfo")
+    if with_flags.is_file():
+        lines = with_flags.read_text().splitlines()
+        features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    told = f"{platform.machine()} {platform.system()} {features} {torch.__version__}"
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+def path() -> Path:
+    """Give where the built kernel is, or would be."""
+    source = hashlib.sha256(_SOURCE.read_bytes() + " ".join(_FLAGS).encode()).hexdigest()[:16]
+    return cache_folder() / f"attention-{machine()}-{source}.so"
+
+
+def compiler() -> str | None:
+    """Find a C++ compiler: what `CXX` names, else one of the usual names."""
+    asked = os.environ.get("CXX")
+    return shutil.which(asked) if asked else next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
+
+
+def build() -> Path:
+    """Build the kernel, if that was not done before, and give its path.
+
+    Raises:
+        ModelError: there is no compiler, or it fails; with its words.
+    """
+    built = path()
+    if built.is_file():
+        return built
+    command = compiler()
+    if command is None:
+        raise ModelError("the attention kernel needs a C++ compiler, and none is found: install g++, or set CXX")
+    from torch.utils import cpp_extension
+
+    libraries = Path(torch.__file__).parent / "lib"
+    openmp = ("-fopenmp", "-DAT_PARALLEL_OPENMP=1") if platform.system() == "Linux" else ()
+    native = ("-mcpu=native",) if platform.machine() in ("arm64", "aarch64") else ("-march=native",)
+    includes = [part for folder in cpp_extension.include_paths() for part in ("-isystem", folder)]
+    built.parent.mkdir(parents=True, exist_ok=True)
+    _log.info("building the attention kernel (once)")
+    with tempfile.TemporaryDirectory(dir=built.parent, prefix="draft-") as draft:
+        output = Path(draft) / built.name
+        links = [f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-ltorch_cpu", "-lc10"]
+        words = [command, *_FLAGS, *native, *openmp, *includes, str(_SOURCE), "-o", str(output), *links]
+        try:
+            done = subprocess.run(words, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise ModelError(f"the attention kernel could not be built: {error}") from error
+        if done.returncode:
+            raise ModelError(f"the attention kernel could not be built: {command} says: {done.stderr.strip()[-2000:]}")
+        output.replace(built)  # whole or absent, whoever else builds it
+    return built
+
+
+@functools.cache
+def load() -> bool:
+    """Load the kernel if it is built, and say whether it is there. A file that cannot be loaded is removed."""
+    built = path()
+    if not built.is_file():
+        return False
+    try:
+        torch.ops.load_library(str(built))  # type: ignore[no-untyped-call]
+    except OSError as error:
+        _log.warning("the attention kernel in %s cannot be loaded and is removed: %s", built, error)
+        built.unlink(missing_ok=True)
+        return False
+
+    torch.library.register_fake("unspool::attend", _shape)
+    return True
+
+
+def _shape(*arguments: torch.Tensor) -> torch.Tensor:
+    """Say what comes out, for the compiler."""
+    query, _, value, *_ = arguments
+    return query.new_empty((1, query.shape[2], query.shape[1], value.shape[3]))
+
+
+def available() -> bool:
+    """Say whether the kernel can be used now: it may have been built since this was last asked."""
+    if not load():
+        if not path().is_file():
+            return False
+        load.cache_clear()
+    return load()

@@ -1,0 +1,232 @@
+"""Compiled passes: the model's own code as one graph of machine code, attention by the kernel, weights laid out for it.
+
+A *package* is what AOTInductor makes of the model for passes of so many tokens: one for a single token, one for any
+number from 2 on. Its weights are frozen into it, in the order in which its products read them. It is made once for a
+machine, a model and a number of threads, takes minutes, and lies in the user's cache; loading it takes a second.
+
+A processor without bfloat16 instructions multiplies float32 several times faster. There the package for many tokens
+holds the weights as float32 and computes in it (the cache stays bfloat16), and only the pass of one token, which does
+nothing but read the weights, reads them as bfloat16.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import logging
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.export import Dim
+from transformers import PreTrainedModel
+
+from unspool.errors import ModelError
+from unspool.huggingface import kernel
+from unspool.huggingface.attention import Call
+from unspool.huggingface.pool import Layer, Pool
+from unspool.huggingface.projections import can_pack
+from unspool.huggingface.table import Table, TablePlan, attend_by_kernel
+from unspool.runner import Batch, Output
+
+_log = logging.getLogger(__name__)
+_FORMAT = 1
+"""Raised when packages that were made before must not be used any more."""
+_OPTIONS = {
+    "freezing": True,
+    "max_autotune": True,
+    "max_autotune_gemm_backends": "CPP,ATEN",
+    "max_autotune_report_choices_stats": False,
+    "aot_inductor.compile_wrapper_opt_level": "O0",  # it only calls what is compiled with care
+}
+Listening = Callable[[PreTrainedModel, Sequence[int]], AbstractContextManager[dict[int, Tensor]]]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One of a model's packages.
+
+    Args:
+        name: of its file.
+        tuned: the number of tokens for which its products are tuned.
+        first: the fewest tokens of a pass that it runs.
+        last: the most.
+    """
+
+    name: str
+    tuned: int
+    first: int
+    last: int
+
+
+KINDS = (Kind("one", 1, 1, 1), Kind("many", 32, 2, 1 << 16))
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What packages are made of.
+
+    Args:
+        model: whose attention is ours.
+        layers: what each layer keeps and sees.
+        listening: collects hidden states during a pass.
+    """
+
+    model: PreTrainedModel
+    layers: Sequence[Layer]
+    listening: Listening
+
+    @property
+    def windows(self) -> list[int | None]:
+        """Give the windows that its layers have, each once: each has a table of its own."""
+        return list(dict.fromkeys(layer.window for layer in self.layers))
+
+    @functools.cached_property
+    def name(self) -> str:
+        """Name these weights, this code and this machine: nothing else may run its packages."""
+        digest = hashlib.sha256(f"{_FORMAT} {_OPTIONS} {kernel.path().name} {transformers.__version__}".encode())
+        digest.update(f"{torch.get_num_threads()} {self.layers} {self.model.config.to_json_string()}".encode())
+        for name, weight in self.model.state_dict().items():
+            digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+            digest.update(_row_sums(weight).numpy().tobytes())
+        return digest.hexdigest()[:24]
+
+    def path(self, kind: Kind) -> Path:
+        """Give where a package is, or would be."""
+        return kernel.cache_folder() / f"{self.name}-{kind.name}.pt2"
+
+
+class Package:
+    """A compiled pass, loaded.
+
+    Args:
+        subject: what it was made of.
+        kind: which of its packages.
+    """
+
+    def __init__(self, subject: Subject, kind: Kind) -> None:
+        self.kind = kind
+        compiled: Any = torch._inductor.aoti_load_package(str(subject.path(kind)), run_single_threaded=True)
+        self._run, self._windows = compiled.loader.run, subject.windows
+
+    def takes(self, batch: Batch) -> bool:
+        """Say whether it can run a batch."""
+        return batch.layers is None and self.kind.first <= len(batch.token_ids) <= self.kind.last
+
+    def run(self, pool: Pool, batch: Batch) -> Output:
+        """Run one packed pass."""
+        plan, fewest = TablePlan(pool, batch), self.kind.first
+        wanted = batch.wanted if len(batch.wanted) else np.zeros(1, dtype=np.int64)
+        if len(wanted) < fewest:  # a size of 1 would be another program
+            wanted = np.resize(wanted, fewest)
+        tables = [plan.table(window) for window in self._windows]
+        integers = [_tensor(batch.token_ids)[None], _tensor(batch.positions)[None], _tensor(wanted)]
+        inputs = [*integers, *(part for table in tables for part in table), *pool.rows]
+        logits, *hidden = self._run(inputs)
+        return Output(logits[: len(batch.wanted)], {number: hidden[number % len(hidden)] for number in batch.hidden})
+
+
+class _Traced:
+    """Stands in for a plan while the model is traced: the tensors of a pass, which the graph will be given."""
+
+    def __init__(self, layers: Sequence[Layer], tables: dict[int | None, Table], rows: Sequence[Tensor]) -> None:
+        self._layers, self._tables, self._rows, self._turn = layers, tables, rows, 0
+
+    def attend(self, call: Call) -> Tensor:
+        turn, self._turn = self._turn, self._turn + 1
+        table = self._tables[self._layers[turn].window]
+        return attend_by_kernel(call, self._rows[turn], self._rows[turn + len(self._layers)], table)
+
+
+class _Pass(nn.Module):
+    """The model as one function of tensors: what is traced.
+
+    It gives the logits of the wanted tokens, then every hidden state from the embedding to after the final norm.
+    """
+
+    def __init__(self, subject: Subject, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model = subject.model
+        self._subject, self._dtype = subject, dtype
+
+    def forward(
+        self, token_ids: Tensor, positions: Tensor, wanted: Tensor, tables: list[Tensor], rows: list[Tensor]
+    ) -> list[Tensor]:
+        layers, windows = self._subject.layers, self._subject.windows
+        by_window = {w: Table(*tables[2 * at : 2 * at + 2]) for at, w in enumerate(windows)}
+        with self._subject.listening(self.model, range(len(layers) + 1)) as hidden:
+            output = self.model(
+                input_ids=token_ids,
+                position_ids=positions,
+                use_cache=False,
+                logits_to_keep=wanted,
+                unspool=_Traced(layers, by_window, rows),
+            )
+        states = [hidden[number] for number in range(len(layers) + 1)]
+        return [state.to(self._dtype) for state in (output.logits[0], *states)]
+
+
+def make(subject: Subject, kind: Kind) -> Path:
+    """Compile one of a model's packages, if that was not done before, and give its path. It takes minutes.
+
+    Raises:
+        ModelError: the compiler fails, with its words.
+    """
+    made = subject.path(kind)
+    if made.is_file():
+        return made
+    from torch._inductor import select_algorithm  # takes a second to import
+
+    kernel.build()
+    if not kernel.available():
+        raise ModelError("the attention kernel cannot be loaded here")
+    dtype = subject.model.dtype
+    if kind.last > 1 and dtype.itemsize == 2 and not can_pack(dtype):
+        wide: Any = copy.deepcopy(subject.model)
+        subject = Subject(wide.float(), subject.layers, subject.listening)
+    made.parent.mkdir(parents=True, exist_ok=True)
+    _log.info("compiling the pass of %s (once)", "one token" if kind.last == 1 else "many tokens")
+    select_algorithm.PRINT_AUTOTUNE = False
+    try:
+        with torch.no_grad(), tempfile.TemporaryDirectory(dir=made.parent, prefix="draft-") as draft:
+            inputs, dynamic = _example(subject, kind)
+            program = torch.export.export(_Pass(subject, dtype), inputs, dynamic_shapes=dynamic, strict=False)
+            path = str(Path(draft) / made.name)
+            torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=_OPTIONS)
+            Path(path).replace(made)  # whole or absent, whoever else makes it
+    except Exception as error:  # of any of three compilers
+        raise ModelError(f"the model cannot be compiled: {type(error).__name__}: {error}") from error
+    return made
+
+
+def _example(subject: Subject, kind: Kind) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Give inputs of the size that a package is tuned for, and say which of their sizes may differ."""
+    count, slots = kind.tuned, max(64, kind.tuned)
+    pool = Pool(subject.layers, slots, torch.device("cpu"))
+    tables = [torch.zeros(64, dtype=dtype) for _ in subject.windows for dtype in (torch.int64, torch.uint8)]
+    places = torch.arange(count)
+    sizes = [{0: Dim(f"table_{at}", min=2)} for at in range(len(tables))]
+    many: Any = {1: Dim("tokens", min=2, max=kind.last)} if count > 1 else {}
+    wanted: Any = {0: Dim("wanted", min=2, max=kind.last)} if count > 1 else {}
+    dynamic = many, many, wanted, sizes, [{2: Dim("slots", min=2)}] * len(pool.rows)
+    return (places[None], places[None], places, tables, pool.rows), dynamic
+
+
+def _row_sums(weight: Tensor) -> Tensor:
+    """Sum the bits of each row of a weight, so that no change of it goes unseen."""
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
+    rows = weight.detach().contiguous().view(integers)
+    return rows.reshape(len(rows) if rows.dim() > 1 else 1, -1).sum(-1, dtype=torch.int64)
+
+
+def _tensor(array: NDArray[np.int64]) -> Tensor:
+    return torch.from_numpy(array)
