@@ -135,6 +135,16 @@ class Package:
         return Output(logits[: len(batch.wanted)], {number: hidden[number % len(hidden)] for number in batch.hidden})
 
 
+def loaded(subject: Subject, kind: Kind) -> Package | None:
+    """Load a package that was made. One that cannot be loaded is removed."""
+    try:
+        return Package(subject, kind)
+    except Exception as error:  # of torch, for a file that is broken
+        _log.warning("the package %s cannot be loaded and is removed: %s", subject.path(kind), error)
+        subject.path(kind).unlink(missing_ok=True)
+        return None
+
+
 class _Traced:
     """Stands in for a plan while the model is traced: the tensors of a pass, which the graph will be given."""
 

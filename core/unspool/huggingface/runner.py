@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from unspool.errors import ModelError
-from unspool.huggingface import attention, kernel, memory, probe
+from unspool.huggingface import attention, kernel, memory, package, probe
 from unspool.huggingface import survey as surveys
 from unspool.huggingface.compiler import Compiler
 from unspool.huggingface.package import KINDS, Package, Subject
@@ -116,7 +116,7 @@ class HuggingFaceRunner:
     @property
     def compiled(self) -> Sequence[str]:
         """Name what of it runs as machine code made for it: `attention`, and passes of `one` or `many` tokens."""
-        return [*(["attention"] if self._kernel else []), *(package.kind.name for package in self._packages)]
+        return [*(["attention"] if self._kernel else []), *(found.kind.name for found in self._packages)]
 
     @property
     def subject(self) -> Subject:
@@ -128,10 +128,9 @@ class HuggingFaceRunner:
         self._kernel = kernel.available()
         subject = self.subject
         made = [kind for kind in KINDS if self._kernel and subject.path(kind).is_file()]
-        size = sum(subject.path(kind).stat().st_size for kind in made)
-        if size < self.free_bytes() // 2:
-            self._packages = [Package(subject, kind) for kind in made]
-        return len(made) == len(KINDS)
+        if sum(subject.path(kind).stat().st_size for kind in made) < self.free_bytes() // 2:
+            self._packages = [found for kind in made if (found := package.loaded(subject, kind))]
+        return len(self._packages) == len(KINDS)
 
     def slot_bytes(self) -> int:
         """Bytes of keys and values that one slot takes."""
@@ -151,8 +150,8 @@ class HuggingFaceRunner:
         """Run one packed pass, storing keys and values in the batch's slots."""
         assert self._pool is not None, "allocate before the first pass"
         start = time.monotonic()
-        package = next((package for package in self._packages if package.takes(batch)), None)
-        output = self._eager(self._pool, batch) if package is None else package.run(self._pool, batch)
+        made = next((found for found in self._packages if found.takes(batch)), None)
+        output = self._eager(self._pool, batch) if made is None else made.run(self._pool, batch)
         self._pool.look_at(output.logits)
         if self.compiler is not None:
             self.compiler.note(time.monotonic() - start)

@@ -1,0 +1,196 @@
+"""Compiled passes give what the model's own code gives, for whatever a batch asks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel
+from typer.testing import CliRunner
+
+from unspool.cli import app
+from unspool.errors import ModelError
+from unspool.huggingface import HuggingFaceRunner, compiler, kernel, package
+from unspool.huggingface.load import load
+from unspool.huggingface.package import KINDS, make
+from unspool.runner import Batch, Output, Span
+from unspool_testing.networks import tiny_model
+
+pytestmark = [pytest.mark.skipif(kernel.compiler() is None, reason="no C++ compiler"), pytest.mark.slow]
+ONE, MANY = KINDS
+PLAIN = {"freezing": True, "max_autotune_report_choices_stats": False}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_to_make(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Keep packages in a folder of the tests' own, and do not tune them: that takes minutes."""
+    built = kernel.build()
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        (folder / "unspool" / "compiled").mkdir(parents=True)
+        (folder / "unspool" / "compiled" / built.name).symlink_to(built)
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        patch.setattr(package, "_OPTIONS", PLAIN)
+        yield folder
+
+
+def compiled_runner(model: PreTrainedModel, *kinds: package.Kind) -> HuggingFaceRunner:
+    runner = HuggingFaceRunner(model)
+    for kind in kinds:
+        make(runner.subject, kind)
+    runner.use_compiled()
+    assert runner.compiled == ["attention", *(kind.name for kind in kinds)]
+    return runner
+
+
+@pytest.fixture(scope="module")
+def gemma(quick_to_make: Path) -> HuggingFaceRunner:
+    """Sliding windows, soft caps, a scaled embedding: in float32, with both packages."""
+    return compiled_runner(tiny_model("gemma2", torch.float32), ONE, MANY)
+
+
+def passes(runner: HuggingFaceRunner) -> list[Output]:
+    """Run a prompt in two chunks, a tree below it, one step of a leaf, and a step beside nothing wanted."""
+    tokens = np.random.default_rng(0).integers(3, 64, 40)
+    runner.allocate(50)
+    mask = np.zeros((4, 25), dtype=np.bool_)
+    mask[:, :20] = True
+    for node, path in enumerate([[0], [1], [0, 2], [1, 3]]):
+        mask[node, [20 + ancestor for ancestor in path]] = True
+    mask = mask[:, :24]
+    hidden = (0, 1, -1, -2)
+
+    def batch(places: Any, positions: Any, slots: Any, spans: list[Span], wanted: list[int]) -> Output:
+        ids = tokens[np.asarray(places)]
+        positions, slots = np.asarray(positions), np.asarray(slots)
+        return runner.forward(Batch(ids, positions, slots, spans, np.array(wanted, dtype=np.int64), hidden))
+
+    places = np.arange(40)
+    leaf = np.array([*range(20), 21, 23, 30])
+    return [
+        batch(places[:12], places[:12], places[:12], [Span(0, 12, slice(0, 12))], [11]),
+        batch(places[12:20], places[12:20], places[12:20], [Span(0, 8, slice(0, 20))], []),
+        batch(places[20:24], [20, 20, 21, 21], places[20:24], [Span(0, 4, slice(0, 24), mask)], [0, 1, 2, 3]),
+        batch([24], [22], [30], [Span(0, 1, leaf)], [0]),
+        batch([25], [23], [31], [Span(0, 1, np.append(leaf, 31))], []),
+    ]
+
+
+def test_packages_give_what_the_models_own_code_gives(gemma: HuggingFaceRunner) -> None:
+    own = passes(HuggingFaceRunner(tiny_model("gemma2", torch.float32), compiled=False))
+    for compiled, expected in zip(passes(gemma), own, strict=True):
+        torch.testing.assert_close(compiled.logits, expected.logits, rtol=1e-3, atol=1e-4)
+        assert compiled.hidden.keys() == expected.hidden.keys()
+        for number, states in expected.hidden.items():
+            torch.testing.assert_close(compiled.hidden[number], states, rtol=1e-3, atol=1e-4)
+
+
+def test_passes_of_the_first_layers_are_left_to_the_models_own_code(gemma: HuggingFaceRunner) -> None:
+    gemma.allocate(8)
+    token, span = np.array([5]), Span(0, 1, slice(0, 1))
+    zero = np.zeros(1, dtype=np.int64)
+    shallow = gemma.forward(Batch(token, zero, zero, [span], zero, layers=1)).logits
+    deep = gemma.forward(Batch(token, zero, zero, [span], zero, hidden=(1,)))
+    torch.testing.assert_close(shallow, gemma.head(deep.hidden[1]), rtol=1e-4, atol=1e-4)
+
+
+def test_bfloat16_stays_near_float32_whatever_the_processor_multiplies() -> None:
+    runner = compiled_runner(tiny_model("llama", torch.bfloat16), MANY)
+    exact: Any = tiny_model("llama", torch.bfloat16)
+    exact = HuggingFaceRunner(exact.float(), compiled=False)
+    for compiled, expected in zip(passes(runner), passes(exact), strict=True):
+        assert compiled.logits.dtype == torch.bfloat16
+        if len(expected.logits):
+            error = (compiled.logits.float() - expected.logits).square().mean().sqrt()
+            assert error < 0.05 * expected.logits.std()
+
+
+def test_a_package_is_found_by_its_weights_and_nothing_else(gemma: HuggingFaceRunner) -> None:
+    model = tiny_model("gemma2", torch.float32)
+    assert HuggingFaceRunner(model).subject.path(ONE) == gemma.subject.path(ONE)
+    with torch.no_grad():
+        model.get_parameter("model.layers.1.mlp.up_proj.weight")[7, 3] += 1e-6
+    changed = HuggingFaceRunner(model)
+    assert changed.subject.path(ONE) != gemma.subject.path(ONE)
+    assert not changed.use_compiled()
+    assert changed.compiled == ["attention"]
+
+
+def test_a_model_that_no_compiler_takes_is_told_with_its_words(
+    gemma: HuggingFaceRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", fail)
+    subject = HuggingFaceRunner(tiny_model("llama", torch.float32)).subject
+    with pytest.raises(ModelError, match="cannot be compiled: RuntimeError: no such instruction"):
+        make(subject, ONE)
+    assert not subject.path(ONE).exists()
+    assert not list(kernel.cache_folder().glob("draft-*"))
+
+
+def test_a_package_that_is_broken_is_removed_and_the_model_runs_without(gemma: HuggingFaceRunner) -> None:
+    runner = HuggingFaceRunner(tiny_model("qwen3", torch.float32))
+    runner.subject.path(ONE).write_bytes(b"PK no package")
+    assert not runner.use_compiled()
+    assert runner.compiled == ["attention"]
+    assert not runner.subject.path(ONE).exists()
+
+
+def test_the_command_compiles_and_the_next_start_uses_it(
+    gemma: HuggingFaceRunner, saved_gemma: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = CliRunner().invoke(app, ["compile", str(saved_gemma), "--dtype", "float32", "--threads", "1", "--json"])
+    assert done.exit_code == 0, done.output
+    made = json.loads(done.stdout)
+    assert [entry["what"] for entry in made] == ["attention", "passes of one token", "passes of many tokens"]
+    assert load(str(saved_gemma), compile="auto").runner.compiled == ["attention", "one", "many"]
+    assert load(str(saved_gemma), compile="off").runner.compiled == []
+
+
+@pytest.fixture(scope="module")
+def saved_gemma(tmp_path_factory: pytest.TempPathFactory, gemma: HuggingFaceRunner) -> Path:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("models") / "gemma2"
+    tiny_model("gemma2", torch.float32).save_pretrained(folder)
+    tokenizer = Tokenizer(models.WordLevel({str(number): number for number in range(64)}, unk_token="0"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    return folder
+
+
+def test_a_model_is_compiled_beside_the_work_once_that_pays(tmp_path: Path) -> None:
+    told: list[str] = []
+    mark = tmp_path / "mark"
+    words = ["python3", "-c", f"open({str(mark)!r}, 'w').close()"]
+    beside = compiler.Compiler(words, 1.0, lambda: told.append("done"))
+    beside.note(0.6)
+    beside.wait()
+    assert not mark.exists()
+    beside.note(0.6)
+    beside.note(0.6)
+    beside.wait()
+    assert mark.exists()
+    assert told == ["done"]
+
+
+def test_a_failure_beside_the_work_is_told_and_hurts_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    beside = compiler.Compiler(["python3", "-c", "raise SystemExit('no room')"], 0.0, lambda: pytest.fail("done"))
+    beside.note(0.1)
+    beside.wait()
+    assert "could not be compiled: no room" in caplog.text
+
+
+def test_the_command_that_runs_beside_names_the_model_as_it_was_loaded() -> None:
+    words = compiler.command("some/model", dtype="bfloat16", revision=None, trust_remote_code=True, threads=2)
+    assert words[1:] == [
+        *("-m", "unspool", "compile", "some/model", "--dtype", "bfloat16"),
+        *("--trust-remote-code", "--threads", "2"),
+    ]
