@@ -211,7 +211,7 @@ def make(subject: Subject, kind: Kind) -> Path:
             inputs, dynamic = _example(subject, kind)
             program = torch.export.export(_Pass(subject, dtype), inputs, dynamic_shapes=dynamic, strict=False)
             path = str(Path(draft) / made.name)
-            torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=_OPTIONS)
+            torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=dict(_OPTIONS))
             Path(path).replace(made)  # whole or absent, whoever else makes it
     except Exception as error:  # of any of three compilers
         raise ModelError(f"the model cannot be compiled: {type(error).__name__}: {error}") from error
