@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -139,10 +139,14 @@ def test_a_tree_that_is_dropped_frees_what_nobody_counts_on_and_is_found_no_more
 
 
 @pytest.fixture(params=[1, schedule.WORTH_A_STEP])
-def worth_a_step(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def worth_a_step(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wait for a single token too: prompts are short here."""
     monkeypatch.setattr(schedule, "WORTH_A_STEP", request.param)
-    yield
+
+
+def finish(loop: Loop) -> None:
+    while loop.busy:
+        loop.step()
 
 
 def both_ways(runner: TableModel, asked: list[PreparedRequest], room: Circumstances) -> tuple[list[Result], int]:
@@ -185,7 +189,7 @@ def test_what_is_kept_changes_no_text_whatever_happens(data: st.DataObject) -> N
 @pytest.mark.parametrize("arrivals", [[], list(range(0, 128, 2))])
 def test_64_requests_pay_for_the_prompt_that_they_share_once(arrivals: list[int], budget: int) -> None:
     stem, new, many = tuple(i * i % VOCAB for i in range(1000)), 3, 64
-    tails = [tuple((i // VOCAB**place) % VOCAB for place in range(4)) + (1,) for i in range(many)]
+    tails = [(*(i // VOCAB**place % VOCAB for place in range(4)), 1) for i in range(many)]
     asked = [request(GREEDY, (*stem, *tail), max_new_tokens=new, end_ids=(), seed=i) for i, tail in enumerate(tails)]
     table = TableModel(VOCAB)
     results = drive(table, asked, Circumstances(slots=4096, token_budget=budget, arrivals=arrivals))
@@ -231,8 +235,7 @@ def test_prompts_that_are_kept_never_stand_in_the_way() -> None:
         for wave in (old, new):
             for one in wave:
                 loop.submit(one)
-            while loop.busy:
-                loop.step()
+            finish(loop)
         assert not any(result.error for result in ended)
         preemptions.append([result.stats.preemptions for result in ended])
         assert loop.main.cache.free == 40
@@ -264,16 +267,15 @@ def test_a_layer_that_is_wanted_later_is_not_missing_from_what_was_kept() -> Non
     loop.submit(request(GREEDY, (2,) * 20, max_new_tokens=1))
     loop.submit(long)
     loop.step()
-    assert loop.main.cache.kept.idle > 0
+    before = loop.main.cache.kept.idle
     loop.main.cache.want([1])
-    assert loop.main.cache.kept.idle == 0 and loop.main.new_to_others(ids([1] * 20)) == 20
-    while loop.busy:
-        loop.step()
+    assert before > 0 and loop.main.cache.kept.idle == 0
+    assert loop.main.new_to_others(ids([1] * 20)) == 20
+    finish(loop)
     later = loop.submit(long)
     loop.step()
     assert later.counts.cached_tokens == 0
-    while loop.busy:
-        loop.step()
+    finish(loop)
     check_conservation(loop)
 
 
