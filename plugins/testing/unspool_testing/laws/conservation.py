@@ -94,8 +94,8 @@ def check_conservation(case: Case, known: Known) -> None:
 
 CONSERVATION = Law(
     "conservation",
-    "Between two steps every cache slot, node and state belongs to somebody who needs it, and when all requests have "
-    "ended, failed or been cancelled, everything is free.",
+    "Between two steps every cache slot, node and state belongs to somebody who needs it, or to a prompt that is kept "
+    "until somebody does, and when all requests have ended, failed or been cancelled, everything is free.",
     "A slot that leaks is lost until the server restarts; one that is freed twice is given to two requests, and both "
     "texts are wrong. It is the core that keeps the books. A plugin breaks them by calling what it must not, and its "
     "own by an `open` without a `close`.",
