@@ -297,9 +297,10 @@ SLOTS = (
     ),
     fault(
         "a path is read where it lay before its prompt was found in the tree",
-        "kit_greedy",
-        "conservation",
+        "kit_recall",
+        "batch_invariance",
         edit(Lane._keep, "self.forget_trail(node)", "pass"),
+        texts=((1, 1, 1, 1), (0, 0, 0, 0)),
     ),
     fault(
         "a slot that was freed still belongs to its node",
