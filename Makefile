@@ -7,7 +7,7 @@ OLDEST := $(VENV)/oldest
 PROJECTS := $(wildcard core/pyproject.toml strategies/*/pyproject.toml plugins/*/pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-quick lint proof bench docs clean
+.PHONY: help install demo test test-quick lint proof bench bench-peers docs clean
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -42,13 +42,17 @@ lint: $(STAMP)  ## Check style and types
 proof: $(STAMP)  ## Try every law on everything at length, and every planted fault (before a release; takes an hour)
 	$(BIN)/python tests/power/proof.py
 
-bench: $(STAMP)  ## Compare with other engines
+bench: $(STAMP)  ## Measure here, beside transformers: speed, beams, what each row, token and draft costs (a quarter of an hour)
 	$(BIN)/python benchmarks/loop_cost.py
-	$(BIN)/python benchmarks/throughput.py
-	$(BIN)/python benchmarks/search.py --repeats 1
+	$(BIN)/python benchmarks/throughput.py --repeats 1
+	$(BIN)/python benchmarks/search.py --repeats 1 --dtypes float32 --prompts 128 --batches 1
+	$(BIN)/python benchmarks/curves.py --quick
+
+bench-peers: $(STAMP)  ## Install vLLM and llama.cpp into .peers and measure all in turn (needs a C++ compiler; takes hours)
+	$(BIN)/python benchmarks/peers.py $(PEERS)
 
 docs: $(STAMP)  ## Generate what can be generated
 	$(BIN)/python docs/generate.py
 
 clean:  ## Remove what was built
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .peers .pytest_cache .mypy_cache .ruff_cache .hypothesis
