@@ -73,13 +73,21 @@ struct Element<at::Half> {
   static at::Half rounded(float x) { return at::Half(x); }
 };
 
-inline Vector all(float x) { return Vector{} + x; }
+inline Vector all(float x) { return x - Vector{}; }  // unlike 0 + x, nothing is left of it but the copies
+
+typedef float Four __attribute__((vector_size(16)));
 
 inline float sum(Vector v) {
-  float s = 0;
-  for (int half = W / 2; half; half /= 2)
-    for (int i = 0; i < half; ++i) v[i] += v[i + half];
-  return s + v[0];
+#if defined(__AVX512F__)
+  typedef float Eight __attribute__((vector_size(32)));
+  Eight half = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+               __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+#else
+  Vector half = v;
+#endif
+  Four four = __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
+  four += __builtin_shufflevector(four, four, 2, 3, 0, 1);
+  return four[0] + four[1];
 }
 
 // exp(x) for x <= 0 to within 2 units in the last place; below -87 it is 0.
@@ -143,21 +151,42 @@ void multiply(const float* a, int64_t lda, const T* b, int64_t ldb, float* out, 
   for (; i < rows; ++i) strip<T, 1>(a + i * lda, lda, b, ldb, out + i * ldo, ldo, columns, depth);
 }
 
+// out[r] = the dot product of row r of the query with one key, for R rows.
+template <typename T, int R>
+inline void dots(const float* query, int64_t width, const T* key, float* out) {
+  const int64_t whole = width / W * W;
+  Vector total[R] = {};
+  for (int64_t d = 0; d < whole; d += W) {
+    const Vector k = Element<T>::load(key + d);
+    for (int r = 0; r < R; ++r) total[r] += *reinterpret_cast<const Loose*>(query + r * width + d) * k;
+  }
+  for (int r = 0; r < R; ++r) {
+    float s = sum(total[r]);
+    for (int64_t d = whole; d < width; ++d) s += query[r * width + d] * Element<T>::one(key + d);
+    out[r * BLOCK] = s;
+  }
+}
+
+// The scores of a few rows with a block of keys.
 template <typename T>
-inline void dots(const float* query, int64_t rows, int64_t width, const T* key, float* out, int64_t ldo) {
-  int64_t whole = width / W * W;
-  for (int64_t r = 0; r < rows; ++r) {
+void score(const float* query, int64_t rows, int64_t width, const T* keys, int64_t count, float* scores) {
+  for (int64_t r = 0; r < rows;) {
     const float* q = query + r * width;
-    Vector s{}, t{};
-    int64_t d = 0;
-    for (; d + 2 * W <= whole; d += 2 * W) {
-      s += *reinterpret_cast<const Loose*>(q + d) * Element<T>::load(key + d);
-      t += *reinterpret_cast<const Loose*>(q + d + W) * Element<T>::load(key + d + W);
+    float* out = scores + r * BLOCK;
+    const int64_t left = rows - r;
+    if (left >= 4) {
+      for (int64_t j = 0; j < count; ++j) dots<T, 4>(q, width, keys + j * width, out + j);
+      r += 4;
+    } else if (left == 3) {
+      for (int64_t j = 0; j < count; ++j) dots<T, 3>(q, width, keys + j * width, out + j);
+      r += 3;
+    } else if (left == 2) {
+      for (int64_t j = 0; j < count; ++j) dots<T, 2>(q, width, keys + j * width, out + j);
+      r += 2;
+    } else {
+      for (int64_t j = 0; j < count; ++j) dots<T, 1>(q, width, keys + j * width, out + j);
+      r += 1;
     }
-    for (; d < whole; d += W) s += *reinterpret_cast<const Loose*>(q + d) * Element<T>::load(key + d);
-    float total = sum(s + t);
-    for (; d < width; ++d) total += q[d] * Element<T>::one(key + d);
-    out[r * ldo] = total;
   }
 }
 
@@ -229,7 +258,7 @@ void run(const Item& item, const Part& part, const Shape& shape, const at::Tenso
       const P* key = keys + (start + from) * D;
       const P* value = values + (start + from) * E;
       if (few) {
-        for (int64_t j = 0; j < count; ++j) dots<P>(q, rows, D, key + j * D, scores + j, BLOCK);
+        score<P>(q, rows, D, key, count, scores);
       } else {
         float* turned = buffers.keys.data();
         for (int64_t j = 0; j < count; ++j)

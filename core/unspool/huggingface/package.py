@@ -34,12 +34,12 @@ from unspool.errors import ModelError
 from unspool.huggingface import kernel
 from unspool.huggingface.attention import Call
 from unspool.huggingface.pool import Layer, Pool
-from unspool.huggingface.projections import can_pack
+from unspool.huggingface.projections import can_pack, join
 from unspool.huggingface.table import Table, TablePlan, attend_by_kernel
 from unspool.runner import Batch, Output
 
 _log = logging.getLogger(__name__)
-_FORMAT = 1
+_FORMAT = 2
 """Raised when packages that were made before must not be used any more."""
 _OPTIONS = {
     "freezing": True,
@@ -200,9 +200,11 @@ def make(subject: Subject, kind: Kind) -> Path:
     if not kernel.available():
         raise ModelError("the attention kernel cannot be loaded here")
     dtype = subject.model.dtype
+    model: Any = copy.deepcopy(subject.model)
     if kind.last > 1 and dtype.itemsize == 2 and not can_pack(dtype):
-        wide: Any = copy.deepcopy(subject.model)
-        subject = Subject(wide.float(), subject.layers, subject.listening)
+        model = model.float()
+    join(model)
+    subject = Subject(model, subject.layers, subject.listening)
     made.parent.mkdir(parents=True, exist_ok=True)
     _log.info("compiling the pass of %s (once)", "one token" if kind.last == 1 else "many tokens")
     select_algorithm.PRINT_AUTOTUNE = False

@@ -6,8 +6,9 @@ A step of one row reads every weight once and does little else, so what counts i
   of them that is called computes all, the others take their columns. Which belong together is found by watching a pass.
 - Weights are laid out once as oneDNN wants them. Otherwise float32 products of 1 to 12 rows take up to three times as
   long (the library lays the weights out anew for each), and bfloat16 ones a third more. It takes a second copy of the
-  weights, so it is done where that fits into half of the free memory; and in bfloat16 where the processor has the
-  instructions for it.
+  weights, so it is done where that fits into half of the free memory. A processor without instructions for
+  half-precision numbers multiplies float32 several times faster: there the second copy of bfloat16 and float16 weights
+  is float32.
 
 Each change is checked on a random input and left out where the result differs.
 """
@@ -63,18 +64,27 @@ class Part(nn.Module):
 
 
 class Packed(nn.Module):
-    """A linear layer whose weight lies as oneDNN wants it. `weight` is kept, for whoever reads it."""
+    """A linear layer whose weight lies as oneDNN wants it. `weight` is kept, for whoever reads it.
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    Args:
+        weight: `[out, in]`.
+        bias: `[out]`, or None.
+        dtype: in which it multiplies.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight, self.bias = nn.Parameter(weight, requires_grad=False), bias
         self.out_features, self.in_features = weight.shape
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+        self._dtype = dtype
+        self._bias = None if bias is None else bias.detach().to(dtype)
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype), None)
 
     def forward(self, x: Tensor) -> Tensor:
         """Project `x` `[..., in]` to `[..., out]`."""
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
-        return product
+        own = x.to(self._dtype)
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(own, self._packed, self._bias, "none", [], "")
+        return product.to(x.dtype)
 
 
 @torch.no_grad()
@@ -82,28 +92,44 @@ def quicken(model: PreTrainedModel) -> None:
     """Replace linear layers of a model on a CPU by quicker ones that compute the same."""
     if model.device.type != "cpu":
         return
-    packs = model.dtype in (torch.bfloat16, torch.float32) and can_pack(model.dtype) and _fits_twice(model)
-    for names in _siblings(model):
-        linears = [model.get_submodule(name) for name in names]
-        for name, part in zip(names, _joined([m for m in linears if isinstance(m, nn.Linear)], packs), strict=False):
-            model.set_submodule(name, part)
-    if packs:
+    packs = packing(model.dtype)
+    if packs is not None and not _fits_twice(model, packs):
+        packs = None
+    join(model, packs)
+    if packs is not None:
         for name, linear in list(model.named_modules()):
             if type(linear) is nn.Linear:
-                packed = Packed(linear.weight.data, linear.bias)
+                packed = Packed(linear.weight.data, linear.bias, packs)
                 if _same(linear, packed):
                     model.set_submodule(name, packed)
 
 
-def _fits_twice(model: PreTrainedModel) -> bool:
-    size = sum(module.weight.nbytes for module in model.modules() if type(module) is nn.Linear)
+@torch.no_grad()
+def join(model: PreTrainedModel, packs: torch.dtype | None = None) -> None:
+    """Compute projections of one and the same input in one product, packed in a dtype or as they are."""
+    for names in _siblings(model):
+        linears = [model.get_submodule(name) for name in names]
+        for name, part in zip(names, _joined([m for m in linears if isinstance(m, nn.Linear)], packs), strict=False):
+            model.set_submodule(name, part)
+
+
+def _fits_twice(model: PreTrainedModel, dtype: torch.dtype) -> bool:
+    size = sum(module.weight.numel() for module in model.modules() if type(module) is nn.Linear) * dtype.itemsize
     return 2 * size < free_bytes(model.device)
 
 
+def packing(dtype: torch.dtype) -> torch.dtype | None:
+    """Say in which dtype weights of `dtype` are packed on this processor; None: not at all."""
+    halves = (torch.bfloat16, torch.float16)
+    if dtype == torch.float32 or dtype in halves:
+        return next((packed for packed in (dtype, torch.float32) if can_pack(packed)), None)
+    return None
+
+
 def can_pack(dtype: torch.dtype) -> bool:
-    """Tell whether oneDNN is there, and packs such weights on this processor (bfloat16 without AVX-512 raises)."""
+    """Tell whether oneDNN is there, and multiplies such weights on this processor (half precision needs AVX-512)."""
     try:
-        Packed(torch.zeros((16, 16), dtype=dtype), None)
+        Packed(torch.zeros((16, 16), dtype=dtype), None, dtype)
     except (AttributeError, RuntimeError):
         return False
     return True
@@ -137,7 +163,7 @@ def _siblings(model: PreTrainedModel) -> list[list[str]]:
     return [names for names in groups.values() if len(names) > 1 and all(called.count(name) == 1 for name in names)]
 
 
-def _joined(linears: Sequence[nn.Linear], packs: bool) -> list[Part]:
+def _joined(linears: Sequence[nn.Linear], packs: torch.dtype | None) -> list[Part]:
     """Join linear layers of one input, if that gives what they give."""
     biases = [linear.bias for linear in linears]
     if any(bias is None for bias in biases) and not all(bias is None for bias in biases):
@@ -148,7 +174,7 @@ def _joined(linears: Sequence[nn.Linear], packs: bool) -> list[Part]:
     bias = None if biases[0] is None else nn.Parameter(torch.cat([b.data for b in biases]), requires_grad=False)
     whole = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
     whole.weight, whole.bias = nn.Parameter(weight, requires_grad=False), bias
-    project = Packed(weight, bias) if packs else whole
+    project = whole if packs is None else Packed(weight, bias, packs)
     joint, parts, start = Joint(project, len(linears)), [], 0
     for linear in linears:
         part = Part(linear, joint, start)
