@@ -22,7 +22,7 @@ from unspool.runner import Batch, Output, Span
 from unspool_testing.networks import tiny_model
 
 pytestmark = [pytest.mark.skipif(kernel.compiler() is None, reason="no C++ compiler"), pytest.mark.slow]
-ONE, MANY = KINDS
+ONE, FEW, MANY = KINDS
 PLAIN = {"freezing": True, "max_autotune_report_choices_stats": False}
 
 
@@ -50,14 +50,14 @@ def compiled_runner(model: PreTrainedModel, *kinds: package.Kind) -> HuggingFace
 
 @pytest.fixture(scope="module")
 def gemma(quick_to_make: Path) -> HuggingFaceRunner:
-    """Sliding windows, soft caps, a scaled embedding: in float32, with both packages."""
-    return compiled_runner(tiny_model("gemma2", torch.float32), ONE, MANY)
+    """Sliding windows, soft caps, a scaled embedding: in float32, with all packages."""
+    return compiled_runner(tiny_model("gemma2", torch.float32), *KINDS)
 
 
 def passes(runner: HuggingFaceRunner) -> list[Output]:
-    """Run a prompt in two chunks, a tree below it, one step of a leaf, and a step beside nothing wanted."""
-    tokens = np.random.default_rng(0).integers(3, 64, 40)
-    runner.allocate(50)
+    """Run a prompt in two chunks, a tree below it, a step of a leaf, one where nothing is wanted, a long prompt."""
+    tokens = np.random.default_rng(0).integers(3, 64, 100)
+    runner.allocate(150)
     mask = np.zeros((4, 25), dtype=np.bool_)
     mask[:, :20] = True
     for node, path in enumerate([[0], [1], [0, 2], [1, 3]]):
@@ -70,7 +70,7 @@ def passes(runner: HuggingFaceRunner) -> list[Output]:
         positions, slots = np.asarray(positions), np.asarray(slots)
         return runner.forward(Batch(ids, positions, slots, spans, np.array(wanted, dtype=np.int64), hidden))
 
-    places = np.arange(40)
+    places = np.arange(100)
     leaf = np.array([*range(20), 21, 23, 30])
     return [
         batch(places[:12], places[:12], places[:12], [Span(0, 12, slice(0, 12))], [11]),
@@ -78,6 +78,7 @@ def passes(runner: HuggingFaceRunner) -> list[Output]:
         batch(places[20:24], [20, 20, 21, 21], places[20:24], [Span(0, 4, slice(0, 24), mask)], [0, 1, 2, 3]),
         batch([24], [22], [30], [Span(0, 1, leaf)], [0]),
         batch([25], [23], [31], [Span(0, 1, np.append(leaf, 31))], []),
+        batch(places[:80], places[:80], places[:80] + 40, [Span(0, 80, slice(40, 120))], [79]),
     ]
 
 
@@ -100,7 +101,7 @@ def test_passes_of_the_first_layers_are_left_to_the_models_own_code(gemma: Huggi
 
 
 def test_bfloat16_stays_near_float32_whatever_the_processor_multiplies() -> None:
-    runner = compiled_runner(tiny_model("llama", torch.bfloat16), MANY)
+    runner = compiled_runner(tiny_model("llama", torch.bfloat16), FEW)
     exact: Any = tiny_model("llama", torch.bfloat16)
     exact = HuggingFaceRunner(exact.float(), compiled=False)
     for compiled, expected in zip(passes(runner), passes(exact), strict=True):
@@ -149,8 +150,13 @@ def test_the_command_compiles_and_the_next_start_uses_it(
     done = CliRunner().invoke(app, ["compile", str(saved_gemma), "--dtype", "float32", "--threads", "1", "--json"])
     assert done.exit_code == 0, done.output
     made = json.loads(done.stdout)
-    assert [entry["what"] for entry in made] == ["attention", "passes of one token", "passes of many tokens"]
-    assert load(str(saved_gemma), compile="auto").runner.compiled == ["attention", "one", "many"]
+    assert [entry["what"] for entry in made] == [
+        "attention",
+        "passes of one token",
+        "passes of few tokens",
+        "passes of many tokens",
+    ]
+    assert load(str(saved_gemma), compile="auto").runner.compiled == ["attention", "one", "few", "many"]
     assert load(str(saved_gemma), compile="off").runner.compiled == []
 
 

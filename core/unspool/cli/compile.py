@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from pathlib import Path
@@ -77,8 +78,9 @@ def _compiled(settings: dict[str, Any], threads: int | None) -> list[dict[str, A
     step("attention", kernel.path(), kernel.build)
     runner = load(**settings, quick=False).runner
     for kind in package.KINDS:
-        what = "passes of one token" if kind.last == 1 else "passes of many tokens"
-        step(what, runner.subject.path(kind), lambda kind=kind: package.make(runner.subject, kind))
+        step(
+            f"passes of {kind.tokens}", runner.subject.path(kind), lambda kind=kind: package.make(runner.subject, kind)
+        )
     return made
 
 

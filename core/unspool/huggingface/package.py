@@ -1,12 +1,13 @@
 """Compiled passes: the model's own code as one graph of machine code, attention by the kernel, weights laid out for it.
 
-A *package* is what AOTInductor makes of the model for passes of so many tokens: one for a single token, one for any
-number from 2 on. Its weights are frozen into it, in the order in which its products read them. It is made once for a
-machine, a model and a number of threads, takes minutes, and lies in the user's cache; loading it takes a second.
+A *package* is what AOTInductor makes of the model for passes of so many tokens: one for a single token, one for a few
+(decoding, drafts), one for many (prompts), because other products are quickest for each. Its weights are frozen into it,
+in the order in which its products read them. It is made once for a machine, a model and a number of threads, takes
+minutes, and lies in the user's cache; loading it takes a second.
 
-A processor without bfloat16 instructions multiplies float32 several times faster. There the package for many tokens
-holds the weights as float32 and computes in it (the cache stays bfloat16), and only the pass of one token, which does
-nothing but read the weights, reads them as bfloat16.
+A processor without bfloat16 instructions multiplies float32 several times faster. There the packages for more than one
+token hold the weights as float32 and compute in it (the cache stays bfloat16), and only the pass of one token, which
+does nothing but read the weights, reads them as bfloat16.
 """
 
 from __future__ import annotations
@@ -67,8 +68,13 @@ class Kind:
     first: int
     last: int
 
+    @property
+    def tokens(self) -> str:
+        """Name the passes that it runs."""
+        return f"{self.name} token{'s' if self.last > 1 else ''}"
 
-KINDS = (Kind("one", 1, 1, 1), Kind("many", 32, 2, 1 << 16))
+
+KINDS = (Kind("one", 1, 1, 1), Kind("few", 16, 2, 64), Kind("many", 256, 65, 1 << 16))
 
 
 @dataclass(frozen=True)
@@ -124,7 +130,7 @@ class Package:
 
     def run(self, pool: Pool, batch: Batch) -> Output:
         """Run one packed pass."""
-        plan, fewest = TablePlan(pool, batch), self.kind.first
+        plan, fewest = TablePlan(pool, batch), min(2, self.kind.first)
         wanted = batch.wanted if len(batch.wanted) else np.zeros(1, dtype=np.int64)
         if len(wanted) < fewest:  # a size of 1 would be another program
             wanted = np.resize(wanted, fewest)
@@ -206,7 +212,7 @@ def make(subject: Subject, kind: Kind) -> Path:
     join(model)
     subject = Subject(model, subject.layers, subject.listening)
     made.parent.mkdir(parents=True, exist_ok=True)
-    _log.info("compiling the pass of %s (once)", "one token" if kind.last == 1 else "many tokens")
+    _log.info("compiling passes of %s (once)", kind.tokens)
     select_algorithm.PRINT_AUTOTUNE = False
     try:
         with torch.no_grad(), tempfile.TemporaryDirectory(dir=made.parent, prefix="draft-") as draft:
@@ -227,7 +233,7 @@ def _example(subject: Subject, kind: Kind) -> tuple[tuple[Any, ...], tuple[Any, 
     tables = [torch.zeros(64, dtype=dtype) for _ in subject.windows for dtype in (torch.int64, torch.uint8)]
     places = torch.arange(count)
     sizes = [{0: Dim(f"table_{at}", min=2)} for at in range(len(tables))]
-    many: Any = {1: Dim("tokens", min=2, max=kind.last)} if count > 1 else {}
+    many: Any = {1: Dim("tokens", min=kind.first, max=kind.last)} if count > 1 else {}
     wanted: Any = {0: Dim("wanted", min=2, max=kind.last)} if count > 1 else {}
     dynamic = many, many, wanted, sizes, [{2: Dim("slots", min=2)}] * len(pool.rows)
     return (places[None], places[None], places, tables, pool.rows), dynamic
