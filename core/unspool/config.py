@@ -91,7 +91,7 @@ PluginItem = Annotated[
 ]
 TokenId = Annotated[int, Field(strict=True, ge=0)]
 Count = Annotated[int, Field(strict=True, ge=1)]
-Quantization = Literal["bitsandbytes-8bit", "bitsandbytes-4bit", "torchao-int8", "torchao-int4"]
+Quantization = Literal["int8", "bitsandbytes-8bit", "bitsandbytes-4bit", "torchao-int8", "torchao-int4"]
 StopString = Annotated[str, Field(min_length=1)]
 
 

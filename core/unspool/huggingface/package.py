@@ -1,8 +1,8 @@
 """Compiled passes: the model's own code as one graph of machine code, attention by the kernel, weights laid out for it.
 
 A *package* is what AOTInductor makes of the model for passes of so many tokens: one for a single token, one for a few
-(decoding, drafts), one for many (prompts), because other products are quickest for each. Its weights are frozen into it,
-in the order in which its products read them. It is made once for a machine, a model and a number of threads, takes
+(decoding, drafts), one for many (prompts), because other products are quickest for each. Its weights are frozen into
+it, in the order in which its products read them. It is made once for a machine, a model and a number of threads, takes
 minutes, and lies in the user's cache; loading it takes a second.
 
 A processor without bfloat16 instructions multiplies float32 several times faster. There the packages for more than one
@@ -34,6 +34,7 @@ from transformers import PreTrainedModel
 from unspool.errors import ModelError
 from unspool.huggingface import kernel
 from unspool.huggingface.attention import Call
+from unspool.huggingface.int8 import widen
 from unspool.huggingface.pool import Layer, Pool
 from unspool.huggingface.projections import can_pack, join
 from unspool.huggingface.table import Table, TablePlan, attend_by_kernel
@@ -207,8 +208,8 @@ def make(subject: Subject, kind: Kind) -> Path:
         raise ModelError("the attention kernel cannot be loaded here")
     dtype = subject.model.dtype
     model: Any = copy.deepcopy(subject.model)
-    if kind.last > 1 and dtype.itemsize == 2 and not can_pack(dtype):
-        model = model.float()
+    if kind.last > 1:  # more tokens do not only read the weights: they multiply
+        widen(model, torch.float32 if dtype.itemsize == 2 and not can_pack(dtype) else dtype)
     join(model)
     subject = Subject(model, subject.layers, subject.listening)
     made.parent.mkdir(parents=True, exist_ok=True)
