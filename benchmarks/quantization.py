@@ -2,10 +2,10 @@
 
     python benchmarks/quantization.py [--quantizations int8] [--dtype bfloat16] [--repeats 5] [--json OUT]
 
-The log-probability of fixed texts (paragraphs of `docs/how-it-works.md`) with the weights as they are and quantized: the
-mean a token, how far a token's moves, and how often the likeliest token is the same. Speed is greedy decoding of 128
-tokens after a prompt of 128, in turn, medians. What of each side is compiled is told: run `unspool compile smollm2 --dtype
-bfloat16` before, with and without `--quantization int8`.
+The log-probability of fixed texts (paragraphs of `docs/how-it-works.md`) with the weights as they are and quantized:
+the mean a token, how far a token's moves, and how often the likeliest token is the same. Speed is greedy decoding of
+128 tokens after a prompt of 128, in turn, medians. What of each side is compiled is told: run `unspool compile smollm2
+--dtype bfloat16` before, with and without `--quantization int8`.
 """
 
 from __future__ import annotations

@@ -1,0 +1,79 @@
+"""The laws on a tiny float32 network that is compiled: attention by the kernel, passes by packages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pipelines import PIPELINES, drafters, requests, slots_for
+
+from unspool.huggingface import HuggingFaceRunner, kernel, package
+from unspool_testing.compare import check_batch, check_speculation, circumstances, with_pipeline, with_plugin
+from unspool_testing.driver import alone
+from unspool_testing.networks import tiny_model
+
+pytestmark = [pytest.mark.skipif(kernel.compiler() is None, reason="no C++ compiler"), pytest.mark.slow]
+VOCAB = 64
+MADE = {name: make() for name, make in PIPELINES.items()}
+COMPILED = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HuggingFaceRunner]:
+    """Make the packages in a folder of the tests' own, without the tuning that takes minutes."""
+    built = kernel.build()
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        (folder / "unspool" / "compiled").mkdir(parents=True)
+        (folder / "unspool" / "compiled" / built.name).symlink_to(built)
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        patch.setattr(package, "_OPTIONS", {"freezing": True, "max_autotune_report_choices_stats": False})
+        runner = HuggingFaceRunner(tiny_model("llama", torch.float32))
+        for kind in package.KINDS:
+            package.make(runner.subject, kind)
+        assert runner.use_compiled()
+        yield runner
+
+
+@pytest.fixture(scope="module")
+def draft() -> HuggingFaceRunner:
+    return HuggingFaceRunner(tiny_model("llama", torch.float32, seed=1))
+
+
+@COMPILED
+@given(st.data())
+def test_a_request_gives_what_it_gives_alone_whatever_the_circumstances(
+    model: HuggingFaceRunner, draft: HuggingFaceRunner, data: st.DataObject
+) -> None:
+    names = data.draw(st.lists(st.sampled_from(sorted(MADE)), min_size=2, max_size=5), "pipelines")
+    asked = [data.draw(requests(MADE[name], VOCAB)) for name in names]
+    least = max(slots_for(one, name) for one, name in zip(asked, names, strict=True))
+    check_batch(model, asked, data.draw(circumstances(len(asked), least)), {"draft": draft})
+
+
+@COMPILED
+@given(st.data())
+def test_no_drafter_changes_a_text(model: HuggingFaceRunner, draft: HuggingFaceRunner, data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(sorted(MADE)))
+    strategy = MADE[name].strategy
+    able = [d for d in drafters(VOCAB) if (strategy.row_local and not strategy.holds) or d in ("chains", "trees")]
+    made = drafters(VOCAB)[data.draw(st.sampled_from(able), "drafter")](data.draw(st.integers(0, 9)))
+    one = data.draw(requests(MADE[name], VOCAB))
+    drafting = with_plugin(MADE[name], made)
+    bad = data.draw(circumstances(1, slots_for(with_pipeline(one, drafting), name)))
+    check_speculation(model, one, MADE[name], drafting, bad, {"draft": draft})
+
+
+@COMPILED
+@given(st.data())
+def test_a_compiled_model_gives_the_texts_of_the_models_own_code(
+    model: HuggingFaceRunner, draft: HuggingFaceRunner, data: st.DataObject
+) -> None:
+    name = data.draw(st.sampled_from(sorted(MADE)))
+    one = data.draw(requests(MADE[name], VOCAB))
+    own = HuggingFaceRunner(tiny_model("llama", torch.float32), compiled=False)
+    compiled, plain = (alone(runner, [one], {"draft": draft})[0].hypotheses for runner in (model, own))
+    assert [text.token_ids for text in compiled] == [text.token_ids for text in plain]
