@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 _log = logging.getLogger(__name__)
-PAYS_AFTER_S = 180.0
+PAYS_AFTER_S = 600.0
 """Seconds that a model has computed in this process before it is compiled unasked: shorter runs would only wait."""
 
 
