@@ -81,12 +81,8 @@ def check_batch_invariance(case: Case, known: Known) -> None:
 
 def _check_first_stream(case: Case, request: PreparedRequest, result: Result) -> None:
     """Check, where branches cannot affect each other, that the first gives what it gives when it is the only one."""
-    strategy = request.pipeline.strategy
-    own_start = type(strategy).start is not Plugin.start
-    # Who judges its own drafts goes on where another stream's have run, and drafts anew there when it is alone.
-    drafts_itself = hasattr(strategy, "pre_forward")
-    apart = request.pipeline.independent and not own_start and not drafts_itself
-    if request.n == 1 or not apart or result.error is not None:
+    own_start = type(request.pipeline.strategy).start is not Plugin.start
+    if request.n == 1 or own_start or not request.pipeline.independent or result.error is not None:
         return
     [single] = alone(case.model.runner(), [replace(request, n=1)], case.model.companions())
     stream = tuple(hypothesis for hypothesis in result.hypotheses if hypothesis.stream == 0)
