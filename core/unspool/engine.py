@@ -141,7 +141,7 @@ class Engine:
             registry: the plugins that may be named; None: those that are installed.
             dtype: `auto`, `float32`, `bfloat16`, ...
             device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
-            quantization: a scheme of bitsandbytes or torchao.
+            quantization: `int8`, or a scheme of bitsandbytes or torchao.
             revision: a branch, tag or commit on the hub.
             trust_remote_code: run model code that comes with the weights.
             compile: `off`, `auto` or `on`: whether machine code made for this model is used, and made.

@@ -11,7 +11,8 @@ which number depends on where the drafts before it ended.
     all accepted:  draw one more from p
 
 With several streams (`n`), one that is rejected may draw a token that another's drafts have run: it goes on there in
-the same step, without drafts of its own. Its tokens are draws from p all the same, but other ones than it draws alone.
+the same step, without drafts of its own. Its tokens are draws from p all the same, but other ones than it draws alone:
+a known fault, for the law of the batch asks that a first stream be the same however many there are.
 
 One token of p comes of each draft that is looked at: min(p, q) if accepted, max(p - q, 0) else. For that no draft may
 be left out for what it is, an end or one over a limit, nor for want of room: the length is fixed, and a drafter that
