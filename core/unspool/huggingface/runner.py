@@ -115,7 +115,7 @@ class HuggingFaceRunner:
 
     @property
     def compiled(self) -> Sequence[str]:
-        """Name what of it runs as machine code made for it: `attention`, and passes of `one`, `few` and `many` tokens."""
+        """Name what runs as machine code made for it: `attention`, and passes of `one`, `few` and `many` tokens."""
         return [*(["attention"] if self._kernel else []), *(found.kind.name for found in self._packages)]
 
     @property
