@@ -18,6 +18,7 @@ from unspool.errors import ModelError
 from unspool.huggingface import HuggingFaceRunner, compiler, kernel, package
 from unspool.huggingface.load import load
 from unspool.huggingface.package import KINDS, make
+from unspool.huggingface.projections import quicken
 from unspool.runner import Batch, Output, Span
 from unspool_testing.networks import tiny_model
 
@@ -120,6 +121,17 @@ def test_a_package_is_found_by_its_weights_and_nothing_else(gemma: HuggingFaceRu
     assert changed.subject.path(ONE) != gemma.subject.path(ONE)
     assert not changed.use_compiled()
     assert changed.compiled == ["attention"]
+
+
+def test_the_order_of_weights_counts_and_how_they_lie_does_not(gemma: HuggingFaceRunner) -> None:
+    turned, quick = (tiny_model("gemma2", torch.float32) for _ in range(2))
+    with torch.no_grad():
+        weight = turned.get_parameter("model.layers.0.mlp.up_proj.weight")
+        weight.copy_(weight.flip(1))
+    assert HuggingFaceRunner(turned).subject.name != gemma.subject.name
+    runner = HuggingFaceRunner(quick)
+    quicken(quick)
+    assert runner.subject.name == gemma.subject.name
 
 
 def test_a_model_that_no_compiler_takes_is_told_with_its_words(

@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
+import json
 import logging
 import tempfile
 from collections.abc import Callable, Sequence
@@ -101,10 +102,11 @@ class Subject:
     def name(self) -> str:
         """Name these weights, this code and this machine: nothing else may run its packages."""
         digest = hashlib.sha256(f"{_FORMAT} {_OPTIONS} {kernel.path().name} {transformers.__version__}".encode())
-        digest.update(f"{torch.get_num_threads()} {self.layers} {self.model.config.to_json_string()}".encode())
+        config = {**self.model.config.to_dict(), "_name_or_path": None}  # wherever it was loaded from
+        digest.update(f"{torch.get_num_threads()} {self.layers} {json.dumps(config, default=str)}".encode())
         for name, weight in self.model.state_dict().items():
             digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-            digest.update(_row_sums(weight).numpy().tobytes())
+            digest.update(weight.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()[:24]
 
     def path(self, kind: Kind) -> Path:
@@ -238,13 +240,6 @@ def _example(subject: Subject, kind: Kind) -> tuple[tuple[Any, ...], tuple[Any, 
     wanted: Any = {0: Dim("wanted", min=2, max=kind.last)} if count > 1 else {}
     dynamic = many, many, wanted, sizes, [{2: Dim("slots", min=2)}] * len(pool.rows)
     return (places[None], places[None], places, tables, pool.rows), dynamic
-
-
-def _row_sums(weight: Tensor) -> Tensor:
-    """Sum the bits of each row of a weight, so that no change of it goes unseen."""
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
-    rows = weight.detach().contiguous().view(integers)
-    return rows.reshape(len(rows) if rows.dim() > 1 else 1, -1).sum(-1, dtype=torch.int64)
 
 
 def _tensor(array: NDArray[np.int64]) -> Tensor:
