@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import importlib.util
 import logging
-import os
 import shutil
 import tempfile
 import time
@@ -25,6 +24,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from unspool.errors import ModelError
+from unspool.huggingface import cache
 
 _log = logging.getLogger(__name__)
 _FORMAT = 1
@@ -78,8 +78,7 @@ def converted(file: Path) -> Path:
 
 
 def _cache() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "unspool" / "gguf"
+    return cache.folder("gguf")
 
 
 def _fingerprint(file: Path) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from unspool.errors import ModelError
+from unspool.huggingface import cache
 
 _log = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("attention.cpp")
@@ -30,8 +31,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def cache_folder() -> Path:
     """Give the folder in the user's cache where what is compiled is kept."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "unspool" / "compiled"
+    return cache.folder("compiled")
 
 
 @functools.cache
