@@ -17,6 +17,7 @@ from pipelines import PIPELINES, drafters, requests, slots_for
 from unspool.huggingface import HuggingFaceRunner, kernel, package
 from unspool.request import Result
 from unspool_testing.compare import circumstances, with_pipeline, with_plugin
+from unspool_testing.compiling import untuned
 from unspool_testing.driver import alone, drive
 from unspool_testing.networks import tiny_model
 
@@ -28,14 +29,7 @@ COMPILED = settings(max_examples=30, deadline=None, suppress_health_check=[Healt
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HuggingFaceRunner]:
-    """Make the packages in a folder of the tests' own, without the tuning that takes minutes."""
-    built = kernel.build()
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("cache")
-        (folder / "unspool" / "compiled").mkdir(parents=True)
-        (folder / "unspool" / "compiled" / built.name).symlink_to(built)
-        patch.setenv("XDG_CACHE_HOME", str(folder))
-        patch.setattr(package, "_OPTIONS", {"freezing": True, "max_autotune_report_choices_stats": False})
+    with untuned(tmp_path_factory.mktemp("cache")):
         runner = HuggingFaceRunner(tiny_model("llama", torch.float32))
         for kind in package.KINDS:
             package.make(runner.subject, kind)

@@ -20,23 +20,17 @@ from unspool.huggingface.load import load
 from unspool.huggingface.package import KINDS, make
 from unspool.huggingface.projections import quicken
 from unspool.runner import Batch, Output, Span
+from unspool_testing.compiling import untuned
 from unspool_testing.networks import tiny_model
 
 pytestmark = [pytest.mark.skipif(kernel.compiler() is None, reason="no C++ compiler"), pytest.mark.slow]
 ONE, FEW, MANY = KINDS
-PLAIN = {"freezing": True, "max_autotune_report_choices_stats": False}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_to_make(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Keep packages in a folder of the tests' own, and do not tune them: that takes minutes."""
-    built = kernel.build()
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("cache")
-        (folder / "unspool" / "compiled").mkdir(parents=True)
-        (folder / "unspool" / "compiled" / built.name).symlink_to(built)
-        patch.setenv("XDG_CACHE_HOME", str(folder))
-        patch.setattr(package, "_OPTIONS", PLAIN)
+    folder = tmp_path_factory.mktemp("cache")
+    with untuned(folder):
         yield folder
 
 

@@ -1,0 +1,25 @@
+"""Compiling for tests: into a folder of their own, and without the tuning that takes minutes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from unspool.huggingface import kernel, package
+
+UNTUNED = {"freezing": True, "max_autotune_report_choices_stats": False}
+
+
+@contextmanager
+def untuned(cache: Path) -> Iterator[None]:
+    """Keep what is compiled in `cache`, with the attention kernel that is built already, and tune nothing."""
+    built = kernel.build()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(cache))
+        kernel.cache_folder().mkdir(parents=True)
+        (kernel.cache_folder() / built.name).symlink_to(built)
+        patch.setattr(package, "_OPTIONS", UNTUNED)
+        yield
