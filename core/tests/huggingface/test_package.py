@@ -142,6 +142,22 @@ def test_a_model_that_no_compiler_takes_is_told_with_its_words(
     assert not list(kernel.cache_folder().glob("draft-*"))
 
 
+def test_a_package_that_gives_other_logits_is_not_kept(
+    gemma: HuggingFaceRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = package.Package.run
+
+    def wrong(self: package.Package, pool: Any, batch: Batch) -> Output:
+        output = right(self, pool, batch)
+        return Output(output.logits.roll(1, -1), output.hidden)
+
+    monkeypatch.setattr(package.Package, "run", wrong)
+    subject = HuggingFaceRunner(tiny_model("llama", torch.float32, seed=3)).subject
+    with pytest.raises(ModelError, match="compiled for one token, its logits differ from its own by"):
+        make(subject, ONE)
+    assert not subject.path(ONE).exists()
+
+
 def test_a_package_that_is_broken_is_removed_and_the_model_runs_without(gemma: HuggingFaceRunner) -> None:
     runner = HuggingFaceRunner(tiny_model("qwen3", torch.float32))
     runner.subject.path(ONE).write_bytes(b"PK no package")

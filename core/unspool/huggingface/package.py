@@ -37,9 +37,10 @@ from unspool.huggingface import kernel
 from unspool.huggingface.attention import Call
 from unspool.huggingface.int8 import widen
 from unspool.huggingface.pool import Layer, Pool
+from unspool.huggingface.probe import allowed, difference
 from unspool.huggingface.projections import can_pack, join
 from unspool.huggingface.table import Table, TablePlan, attend_by_kernel
-from unspool.runner import Batch, Output
+from unspool.runner import Batch, Output, Span
 
 _log = logging.getLogger(__name__)
 _FORMAT = 2
@@ -118,13 +119,14 @@ class Package:
     """A compiled pass, loaded.
 
     Args:
+        path: its file.
         subject: what it was made of.
         kind: which of its packages.
     """
 
-    def __init__(self, subject: Subject, kind: Kind) -> None:
+    def __init__(self, path: Path, subject: Subject, kind: Kind) -> None:
         self.kind = kind
-        compiled: Any = torch._inductor.aoti_load_package(str(subject.path(kind)), run_single_threaded=True)
+        compiled: Any = torch._inductor.aoti_load_package(str(path), run_single_threaded=True)
         self._run, self._windows = compiled.loader.run, subject.windows
 
     def takes(self, batch: Batch) -> bool:
@@ -147,7 +149,7 @@ class Package:
 def loaded(subject: Subject, kind: Kind) -> Package | None:
     """Load a package that was made. One that cannot be loaded is removed."""
     try:
-        return Package(subject, kind)
+        return Package(subject.path(kind), subject, kind)
     except Exception as error:  # of torch, for a file that is broken
         _log.warning("the package %s cannot be loaded and is removed: %s", subject.path(kind), error)
         subject.path(kind).unlink(missing_ok=True)
@@ -198,7 +200,7 @@ def make(subject: Subject, kind: Kind) -> Path:
     """Compile one of a model's packages, if that was not done before, and give its path. It takes minutes.
 
     Raises:
-        ModelError: the compiler fails, with its words.
+        ModelError: the compiler fails, with its words; or what it makes gives other logits than the model's own code.
     """
     made = subject.path(kind)
     if made.is_file():
@@ -208,7 +210,7 @@ def make(subject: Subject, kind: Kind) -> Path:
     kernel.build()
     if not kernel.available():
         raise ModelError("the attention kernel cannot be loaded here")
-    dtype = subject.model.dtype
+    own, dtype = subject, subject.model.dtype
     model: Any = copy.deepcopy(subject.model)
     if kind.last > 1:  # more tokens do not only read the weights: they multiply
         widen(model, torch.float32 if dtype.itemsize == 2 and not can_pack(dtype) else dtype)
@@ -221,12 +223,43 @@ def make(subject: Subject, kind: Kind) -> Path:
         with torch.no_grad(), tempfile.TemporaryDirectory(dir=made.parent, prefix="draft-") as draft:
             inputs, dynamic = _example(subject, kind)
             program = torch.export.export(_Pass(subject, dtype), inputs, dynamic_shapes=dynamic, strict=False)
-            path = str(Path(draft) / made.name)
-            torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=dict(_OPTIONS))
-            Path(path).replace(made)  # whole or absent, whoever else makes it
+            path = Path(draft) / made.name
+            torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=dict(_OPTIONS))
+            _compare(Package(path, own, kind), own)
+            path.replace(made)  # whole or absent, whoever else makes it
+    except ModelError:
+        raise
     except Exception as error:  # of any of three compilers
         raise ModelError(f"the model cannot be compiled: {type(error).__name__}: {error}") from error
     return made
+
+
+def _compare(package: Package, subject: Subject) -> None:
+    """Run random tokens by a package and by the model's own code.
+
+    Raises:
+        ModelError: the logits differ, with the numbers.
+    """
+    count, model = package.kind.tuned, subject.model
+    embedding: Any = model.get_input_embeddings()
+    places = np.arange(count)
+    vocabulary = len(embedding.weight)
+    tokens = np.random.default_rng(0).integers(0, vocabulary, count)
+    batch = Batch(tokens, places, places, [Span(0, count, slice(0, count))], places)
+    cpu = torch.device("cpu")
+    expected = model(
+        input_ids=_tensor(tokens)[None],
+        position_ids=_tensor(places)[None],
+        use_cache=False,
+        unspool=TablePlan(Pool(subject.layers, count, cpu), batch),
+    ).logits[0]
+    # A pool of one slot would be another program.
+    compiled = package.run(Pool(subject.layers, count + 1, cpu), batch).logits
+    if (error := difference(compiled, expected)) > allowed(model.dtype):
+        raise ModelError(
+            f"compiled for {package.kind.tokens}, its logits differ from its own by {error:.2g} of their spread "
+            f"(allowed: {allowed(model.dtype):g} in {model.dtype}), so it would be run wrongly"
+        )
 
 
 def _example(subject: Subject, kind: Kind) -> tuple[tuple[Any, ...], tuple[Any, ...]]:

@@ -43,17 +43,23 @@ def compare(runner: HuggingFaceRunner, model: PreTrainedModel) -> None:
     for logits in (expected, packed):
         if not bool(torch.isfinite(logits).all()):
             raise ModelError(f"its logits are not finite in {runner.dtype}; load it in another dtype")
-    tolerance = _TOLERANCES.get(runner.dtype, _HALF_TOLERANCE)
-    if (error := _difference(packed, expected)) > tolerance:
+    tolerance = allowed(runner.dtype)
+    if (error := difference(packed, expected)) > tolerance:
         raise ModelError(
             f"packed, its logits differ from its own by {error:.2g} of their spread (allowed: {tolerance:g} in "
             f"{runner.dtype}), so it would be run wrongly"
         )
-    if (error := _difference(*_early(runner))) > tolerance:
+    if (error := difference(*_early(runner))) > tolerance:
         raise ModelError(f"its head gives other logits after one layer than a pass of one layer does ({error:.2g})")
 
 
-def _difference(logits: Tensor, expected: Tensor) -> float:
+def allowed(dtype: torch.dtype) -> float:
+    """Give the most that logits of a dtype may differ."""
+    return _TOLERANCES.get(dtype, _HALF_TOLERANCE)
+
+
+def difference(logits: Tensor, expected: Tensor) -> float:
+    """Say how far logits are from those expected, as a share of their spread."""
     logits, expected = logits.double(), expected.double()
     spread = (expected - expected.mean(-1, keepdim=True)).square().mean().sqrt()
     return float((logits - expected).square().mean().sqrt() / spread.clamp_min(1e-9))
