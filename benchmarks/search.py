@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import transformers
 from figures import versions, write
+from peers.taken import Taken
 
 import unspool
 from unspool.huggingface.load import local_folder
@@ -81,7 +82,7 @@ class Ours:
 
     def __init__(self, dtype: str, device: str) -> None:
         self._engine = unspool.Engine.load("smollm2", dtype=dtype, device=device)
-        self._taken = _Taken(self._engine)
+        self._taken = Taken(self._engine)
         self.megabytes = 0.0
 
     def seconds(self, prompts: list[list[int]], width: int, new: int, strategy: str = "beam") -> float:
@@ -102,21 +103,6 @@ class Ours:
             assert all(result.stats.forward_passes <= new + 8 for result in results)
         self.megabytes = self._taken.most * self._engine.runner.slot_bytes() / 1e6
         return seconds
-
-
-class _Taken:
-    """Watches how many slots of the pool are taken at once."""
-
-    def __init__(self, engine: unspool.Engine) -> None:
-        self.most = 0
-        loop = engine._loop
-        pool, step = loop.main.cache.pool, loop._forward.run
-
-        def run(*arguments: Any) -> None:
-            step(*arguments)
-            self.most = max(self.most, pool.size - pool.free)
-
-        loop._forward.run = run  # type: ignore[method-assign]
 
 
 def compare(dtype: str, options: argparse.Namespace) -> list[list[Any]]:

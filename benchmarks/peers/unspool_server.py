@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from protocol import Answer, Job, serve
+from taken import Taken
 
 import unspool
 
@@ -20,7 +21,7 @@ class Ours:
     def __init__(self, options: argparse.Namespace) -> None:
         settings = {"threads": options.threads, **options.settings}
         self._engine = unspool.Engine.load(options.model, dtype=options.dtype, **settings)
-        self._taken = _Taken(self._engine)
+        self._taken = Taken(self._engine)
 
     def run(self, job: Job) -> Answer:
         """Decode a job in one batch."""
@@ -48,21 +49,6 @@ class Ours:
             kv_bytes=self._taken.most * self._engine.runner.slot_bytes(),
             passes=max(result.stats.forward_passes for result in results),
         )
-
-
-class _Taken:
-    """Watches how many slots of the pool are taken at once."""
-
-    def __init__(self, engine: unspool.Engine) -> None:
-        self.most = 0
-        loop = engine._loop
-        pool, step = loop.main.cache.pool, loop._forward.run
-
-        def run(*arguments: Any) -> None:
-            step(*arguments)
-            self.most = max(self.most, pool.size - pool.free)
-
-        loop._forward.run = run  # type: ignore[method-assign, assignment]
 
 
 if __name__ == "__main__":
