@@ -1,17 +1,22 @@
-"""The loop's own cost a step, with a runner that does nothing: everything but the forward and the vocabulary.
+"""The loop's own cost a step for every strategy, with a runner that computes nothing: all but the forward.
 
-    python benchmarks/loop_cost.py [--rows 256]
+    python benchmarks/loop_cost.py [--rows 1,32,256] [--vocabulary 49152] [--repeats 3] [--only NAME;...]
 
-The vocabulary has eight tokens, so that reductions over it cost next to nothing. Detokenizing is measured beside it.
+CPU time of the loop's thread, on one thread, medians of a step. Rows are branches: a beam of 4 has 4 to a request. The
+logits are noise as wide as the vocabulary; with `--vocabulary 8` reductions over it
+cost next to nothing, and what is left is bookkeeping. `--profile` prints where one strategy spends its time.
 """
 
 from __future__ import annotations
 
 import argparse
+import cProfile
+import pstats
 import statistics
 import time
 
 import torch
+from figures import versions, write
 
 from unspool.loop import Loop
 from unspool.pipeline import Pipeline, PluginSpec, build_pipeline
@@ -20,12 +25,43 @@ from unspool.request import Limits, PreparedRequest
 from unspool.runner import Batch, Output
 from unspool.text import Detokenizer
 
+NEW = 40
+SHIFTS = 16
+PIPELINES: dict[str, tuple[int, str, dict[str, object], list[tuple[str, dict[str, object]]]]] = {
+    "greedy": (1, "greedy", {}, []),
+    "sample": (1, "sample", {}, []),
+    "sample, temperature, top-k, top-p": (
+        1,
+        "sample",
+        {},
+        [("temperature", {"temperature": 0.7}), ("top_k", {"k": 50}), ("top_p", {"p": 0.9})],
+    ),
+    "sample, min-p": (1, "sample", {}, [("min_p", {"p": 0.05})]),
+    "mirostat": (1, "sample", {}, [("mirostat", {})]),
+    "greedy, repetition penalty": (1, "greedy", {}, [("repetition_penalty", {"penalty": 1.1})]),
+    "greedy, no n-gram twice": (1, "greedy", {}, [("no_repeat_ngram", {"n": 3})]),
+    "beam of 4": (4, "beam", {"width": 4}, []),
+    "diverse beams, 4 in 2": (4, "diverse_beam", {"width": 4, "groups": 2}, []),
+    "greedy, prompt lookup": (1, "greedy", {}, [("prompt_lookup", {})]),
+}
+"""Name -> rows of a request, strategy, its parameters, the other plugins."""
+
 
 class Nothing:
-    """A runner that computes nothing."""
+    """A runner that computes nothing.
 
-    vocab_size, window, width, layers, digest = 8, None, 1, 1, "nothing"
+    Args:
+        vocab_size: the width of its logits.
+        rows: most that it is asked for in a step.
+    """
+
+    window, width, layers, digest = None, 1, 1, "nothing"
     device, dtype = torch.device("cpu"), torch.float32
+
+    def __init__(self, vocab_size: int, rows: int) -> None:
+        self.vocab_size = vocab_size
+        self._logits = 3 * torch.randn(rows + SHIFTS, vocab_size, generator=torch.Generator().manual_seed(0))
+        self._step = 0
 
     def slot_bytes(self) -> int:
         """Take no memory."""
@@ -39,27 +75,35 @@ class Nothing:
         """Allocate nothing."""
 
     def forward(self, batch: Batch) -> Output:
-        """Give the same logits for every row."""
-        return Output(torch.arange(8.0).repeat(len(batch.wanted), 1))
+        """Give noise, whatever is asked."""
+        self._step = (self._step + 1) % SHIFTS
+        return Output(self._logits[self._step : self._step + len(batch.wanted)].clone())
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Give what came."""
         return hidden
 
 
-def milliseconds_a_step(rows: int, new: int, pipeline: Pipeline) -> float:
-    """Decode `rows` requests of `new` tokens and give the median step's CPU time on the loop's thread."""
-    loop = Loop(Nothing(), 1 << 18, token_budget=1 << 18, max_running=rows)
-    for i in range(rows):
-        limits = Limits(max_new_tokens=new)
-        loop.submit(PreparedRequest(str(i), tuple(range(1, 20 + i % 7)), pipeline, pipeline.parameters, limits))
+def microseconds_a_step(rows: int, vocabulary: int, wide: int, pipeline: Pipeline) -> float:
+    """Decode in so many rows and give the median step's CPU time on the loop's thread, less the copy of the logits."""
+    runner = Nothing(vocabulary, 2 * rows + 64)
+    loop = Loop(runner, 1 << 18, token_budget=1 << 18, max_running=rows)
+    chance = torch.Generator().manual_seed(1)
+    for i in range(max(1, rows // wide)):
+        prompt = torch.randint(vocabulary, (19 + i % 7,), generator=chance).tolist()
+        limits = Limits(max_new_tokens=NEW, min_new_tokens=NEW)
+        loop.submit(PreparedRequest(str(i), tuple(prompt), pipeline, pipeline.parameters, limits, seed=i))
     loop.step()
     steps = []
     while loop.busy:
         start = time.thread_time()
         loop.step()
         steps.append(time.thread_time() - start)
-    return statistics.median(steps) * 1e3
+    middle = statistics.median(steps[2:-2])
+    start = time.thread_time()
+    for _ in range(20):
+        runner._logits[:rows].clone()
+    return (middle - (time.thread_time() - start) / 20) * 1e6
 
 
 def microseconds_a_token(new: int = 2000) -> float:
@@ -79,17 +123,39 @@ def microseconds_a_token(new: int = 2000) -> float:
 
 
 def main() -> None:
-    """Print both figures."""
+    """Print a table: microseconds a step, a row for each strategy."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=256)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rows", default="1,32,256")
+    parser.add_argument("--vocabulary", type=int, default=49152)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", help="names of strategies")
+    parser.add_argument("--profile", help="the name of one strategy")
+    parser.add_argument("--json", help="write the figures to this file")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    pipeline = build_pipeline(PluginSpec("greedy"), [], Registry.installed())
-    costs = [milliseconds_a_step(options.rows, 128, pipeline) for _ in range(options.repeats)]
-    middle, spread = statistics.median(costs), f"{min(costs):.2f} to {max(costs):.2f}"
-    print(f"loop: {middle:.2f} ms a step of {options.rows} greedy rows ({spread})")
-    print(f"detokenizing: {microseconds_a_token():.1f} us a token")
+    registry, counts = Registry.installed(), [int(rows) for rows in options.rows.split(",")]
+    made = {
+        name: (wide, build_pipeline(PluginSpec(strategy, settings), [PluginSpec(*spec) for spec in others], registry))
+        for name, (wide, strategy, settings, others) in PIPELINES.items()
+    }
+    if options.profile:
+        wide, pipeline = made[options.profile]
+        with cProfile.Profile() as profile:
+            microseconds_a_step(counts[0], options.vocabulary, wide, pipeline)
+        pstats.Stats(profile).sort_stats("tottime").print_stats(40)
+        return
+    print(versions())
+    print(f"| microseconds a step, vocabulary of {options.vocabulary} |", *(f"{rows} rows |" for rows in counts))
+    print("|---|" + "---|" * len(counts))
+    found = []
+    for name in options.only.split(";") if options.only else made:
+        wide, pipeline = made[name]
+        for rows in counts:
+            costs = [microseconds_a_step(rows, options.vocabulary, wide, pipeline) for _ in range(options.repeats)]
+            found.append({"strategy": name, "rows": rows, "microseconds": statistics.median(costs)})
+        print(f"| {name} |", *(f"{entry['microseconds']:.0f} |" for entry in found[-len(counts) :]), flush=True)
+    print(f"\ndetokenizing: {microseconds_a_token():.1f} us a token")
+    write(options.json, found)
 
 
 if __name__ == "__main__":

@@ -103,3 +103,26 @@ def test_a_derived_seed_depends_on_run_and_request_and_stays_in_range() -> None:
     seeds = {noise.derive_seed(run, f"request {i}") for run in range(20) for i in range(20)}
     assert len(seeds) == 400
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+@given(st.data())
+def test_a_draw_is_the_argmax_with_noise_however_few_tokens_are_possible(data: st.DataObject) -> None:
+    rows, vocab = data.draw(st.integers(1, 4)), data.draw(st.sampled_from([1, 7, 500]))
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float64]))
+    logits = torch.randn(rows, vocab, dtype=dtype, generator=torch.Generator().manual_seed(vocab))
+    for row in range(rows):
+        for token in data.draw(st.sets(st.integers(0, vocab - 1), max_size=8)):
+            logits[row, token] += 100
+    logits.masked_fill_(logits < data.draw(st.sampled_from([-torch.inf, 50])), -torch.inf)
+    drawn, some = keys(range(rows)), logits.amax(-1) > -torch.inf
+    assert torch.equal(noise.draw(logits, drawn)[some], (logits + noise.gumbel(drawn, vocab, dtype)).argmax(-1)[some])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_noise_on_a_cpu_has_the_bits_of_the_tensor_operations(dtype: torch.dtype) -> None:
+    drawn = torch.cat([keys(range(50)), torch.tensor([0, -1, 2**63 - 1, -(2**63)])])
+    low, high = noise._halves(drawn)
+    token = torch.arange(300, dtype=torch.int32)
+    mixed = noise._mix32(noise._mix32(token ^ low.unsqueeze(1)) ^ high.unsqueeze(1))
+    assert torch.equal(noise.gumbel(drawn, 300, dtype), noise._to_gumbel(mixed.to(dtype)))
+    assert torch.equal(noise.gumbel_at(drawn, token[: len(drawn)], dtype), noise.gumbel(drawn, 300, dtype).diagonal())

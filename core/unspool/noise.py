@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import hashlib
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+from unspool.rank import argmax
 
 
 def _signed(value: int, bits: int) -> int:
@@ -53,12 +57,82 @@ def gumbel(keys: Tensor, vocab: int, dtype: torch.dtype) -> Tensor:
 
     With v uniform in (0, 1) of 32 bits, -log(-log1p(-v)): the upper tail, which decides who wins, keeps full precision.
     """
+    if keys.device.type == "cpu":
+        return _gumbel_by_row(keys, vocab, dtype)
     token = torch.arange(vocab, device=keys.device, dtype=torch.int32)
-    low, high = keys.to(torch.int32), _shift(keys, 32, 64).to(torch.int32)
-    mixed = _mix32(_mix32(token.unsqueeze(0) ^ low.unsqueeze(1)) ^ high.unsqueeze(1))
-    # int32 in [-2**31, 2**31) to (0, 1); float32 rounds the top to 1, where log1p would be -inf.
-    v = mixed.to(dtype).add_(2.0**31 + 0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
+    low, high = _halves(keys)
+    return _to_gumbel(_mix32(_mix32(token ^ low.unsqueeze(1)) ^ high.unsqueeze(1)).to(dtype))
+
+
+def gumbel_at(keys: Tensor, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    """Give the noise of single tokens: `[n]` keys and tokens to the `[n]` values that `gumbel` has for them."""
+    low, high = _halves(keys)
+    return _to_gumbel(_mix32(_mix32(tokens.to(torch.int32) ^ low) ^ high).to(dtype))
+
+
+def draw(logits: Tensor, keys: Tensor) -> Tensor:
+    """Draw a token from each distribution `[rows, vocab]` with the Gumbel noise of `[rows]` keys.
+
+    The same as `(logits + gumbel(keys, ...)).argmax(-1)`; where few tokens are possible, only those get noise.
+
+    Returns:
+        `[rows]` int64. Of a row without a possible token, any.
+    """
+    rows, vocab = logits.shape
+    if logits.device.type == "cpu":  # elsewhere counting them would be waiting for them
+        possible = logits.numpy() > -np.inf
+        if np.count_nonzero(possible) * _FEW < rows * vocab:
+            return _draw_among(torch.from_numpy(np.flatnonzero(possible)), logits, keys)
+    return argmax(logits + gumbel(keys, vocab, logits.dtype))
+
+
+def _draw_among(places: Tensor, logits: Tensor, keys: Tensor) -> Tensor:
+    """Draw from tokens at `[n]` places of the flattened `logits`, in rising order."""
+    row, token = places // logits.shape[1], places % logits.shape[1]
+    counts = torch.bincount(row, minlength=len(logits))
+    column = torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
+    shape = len(logits), max(1, int(counts.max()))
+    noisy, tokens = logits.new_full(shape, -torch.inf), torch.zeros(shape, dtype=torch.int64)
+    noisy[row, column] = logits[row, token] + gumbel_at(keys[row], token, logits.dtype)
+    tokens[row, column] = token
+    return tokens.gather(1, argmax(noisy).unsqueeze(1)).squeeze(1)
+
+
+_FEW = 16
+"""Picking single tokens out of many costs about so many times what each costs among all."""
+
+
+def _halves(keys: Tensor) -> tuple[Tensor, Tensor]:
+    return keys.to(torch.int32), _shift(keys, 32, 64).to(torch.int32)
+
+
+def _to_gumbel(mixed: Tensor) -> Tensor:
+    """Map whole numbers in [-2**31, 2**31), held as floats, to Gumbel noise, in place."""
+    # To (0, 1); float32 rounds the top to 1, where log1p would be -inf.
+    v = mixed.add_(2.0**31 + 0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
     return v.neg_().log1p_().neg_().log_().neg_()
+
+
+def _gumbel_by_row(keys: Tensor, vocab: int, dtype: torch.dtype) -> Tensor:
+    """Give the same on a CPU: row by row, in arrays that stay in the processor's cache."""
+    noise = torch.empty(len(keys), vocab, dtype=dtype)
+    token = np.arange(vocab, dtype=np.uint32)
+    value, shifted = np.empty_like(token), np.empty_like(token)
+    for row, key in zip(noise, keys.numpy().view(np.uint64).tolist(), strict=True):
+        np.bitwise_xor(token, np.uint32(key & 0xFFFFFFFF), out=value)
+        _mix32_into(value, shifted)
+        np.bitwise_xor(value, np.uint32(key >> 32), out=value)
+        _mix32_into(value, shifted)
+        _to_gumbel(row.copy_(torch.from_numpy(value.view(np.int32))))
+    return noise
+
+
+def _mix32_into(value: NDArray[np.uint32], shifted: NDArray[np.uint32]) -> None:
+    for by, factor in ((17, _MIX32_1), (11, _MIX32_2), (15, _MIX32_3), (14, None)):
+        np.right_shift(value, np.uint32(by), out=shifted)
+        np.bitwise_xor(value, shifted, out=value)
+        if factor is not None:
+            np.multiply(value, np.uint32(factor & 0xFFFFFFFF), out=value)
 
 
 def _shift(value: Tensor, by: int, bits: int) -> Tensor:

@@ -229,6 +229,10 @@ class Step:
         """Draw standard Gumbel noise for each row's child and token: `[rows, vocab]`, in the working dtype."""
         return noise.gumbel(self._keys(purpose), self.group.vocab_size, self.group.dtype)
 
+    def sample(self, purpose: str, logits: Tensor) -> Tensor:
+        """Draw a token from each row of logits, the argmax with `gumbel(purpose)` added: `[rows]`."""
+        return noise.draw(logits, self._keys(purpose))
+
     def _keys(self, purpose: str) -> Tensor:
         seeds = [live.request.seed for live in self._rows.lives]
         seed = self._ints([seeds[request] for request in self._rows.request])

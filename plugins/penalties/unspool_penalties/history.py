@@ -5,6 +5,7 @@ Paths are padded on the right; padding never counts, whatever its ids.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,11 +31,21 @@ def counted_ids(step: Step, vocab: int, include_prompt: bool) -> Tensor:
     return ids.clamp(max=vocab).masked_fill(~counts, vocab)
 
 
-def present(step: Step, logits: Tensor, include_prompt: bool) -> Tensor:
-    """Tell which tokens stand on each row's path: `[rows, vocab]` bool."""
-    rows, vocab = logits.shape
-    seen = torch.zeros(rows, vocab + 1, dtype=torch.bool, device=logits.device)
-    return seen.scatter_(-1, counted_ids(step, vocab, include_prompt), True)[:, :vocab]
+def change_present(step: Step, logits: Tensor, include_prompt: bool, change: Callable[[Tensor], Tensor]) -> None:
+    """Change the logits of the tokens that stand on each row's path, in place, and look at no others.
+
+    Args:
+        step: whose rows they are.
+        logits: `[rows, vocab]`.
+        include_prompt: tokens of the prompt count.
+        change: maps logits `[rows, longest]` to what they become, each by itself.
+    """
+    vocab = logits.shape[-1]
+    ids = counted_ids(step, vocab, include_prompt)
+    first = ids.amin(dim=-1, keepdim=True)  # where nothing counts, one that counts once more; so it is changed but once
+    places = torch.minimum(torch.where(ids < vocab, ids, first), first.new_tensor(vocab - 1))
+    values = logits.gather(-1, places)
+    logits.scatter_(-1, places, torch.where(first < vocab, change(values), values))
 
 
 def counts(step: Step, logits: Tensor, include_prompt: bool) -> Tensor:

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from unspool.plugin import Parameters, Plugin, hookimpl, per_request
-from unspool_penalties.history import present
+from unspool_penalties.history import change_present
 
 if TYPE_CHECKING:
     from unspool.step import Step
@@ -38,4 +38,4 @@ class PresencePenalty(Plugin):
     def logits_transform(self, step: Step, logits: Tensor) -> None:
         """Lower what stands on each row's path."""
         penalty = step.values(self, "penalty").to(logits).unsqueeze(-1)
-        logits.sub_(present(step, logits, self.params.include_prompt) * penalty)
+        change_present(step, logits, self.params.include_prompt, lambda seen: seen - penalty)

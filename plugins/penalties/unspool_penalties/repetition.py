@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from unspool.plugin import Parameters, Plugin, hookimpl, per_request
-from unspool_penalties.history import present
+from unspool_penalties.history import change_present
 
 if TYPE_CHECKING:
     from unspool.step import Step
@@ -40,5 +40,8 @@ class RepetitionPenalty(Plugin):
     def logits_transform(self, step: Step, logits: Tensor) -> None:
         """Scale what stands on each row's path."""
         penalty = step.values(self, "penalty").to(logits).unsqueeze(-1)
-        seen = present(step, logits, self.params.include_prompt)
-        logits.copy_((logits * penalty).where(logits < 0, logits / penalty).where(seen, logits))
+
+        def scaled(seen: Tensor) -> Tensor:
+            return (seen * penalty).where(seen < 0, seen / penalty)
+
+        change_present(step, logits, self.params.include_prompt, scaled)

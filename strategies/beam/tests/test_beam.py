@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from unspool.errors import InputError
 from unspool.huggingface.runner import HuggingFaceRunner
 from unspool.pipeline import Pipeline
+from unspool.rank import best
 from unspool_beam.beam import BeamSearch
-from unspool_beam.best import best
 from unspool_beam.log_softmax import LogSoftmax
 from unspool_greedy import Greedy
 from unspool_penalties.repetition import RepetitionPenalty

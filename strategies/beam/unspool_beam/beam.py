@@ -24,9 +24,10 @@ from torch import Tensor
 
 from unspool.hooks import Growth
 from unspool.plugin import hookimpl
-from unspool_beam.best import best, by_request
+from unspool.rank import best
 from unspool_beam.pool import Pool
 from unspool_beam.search import Search, candidates
+from unspool_beam.side_by_side import by_request
 
 if TYPE_CHECKING:
     from unspool.request import PreparedRequest

@@ -32,10 +32,11 @@ from unspool.errors import InputError
 from unspool.hooks import Growth
 from unspool.plugin import Parameters, TokenIds, hookimpl
 from unspool.prompt import encode_phrase
-from unspool_beam.best import best, by_request
+from unspool.rank import best
 from unspool_beam.phrases import Phrase, Progress, fewest
 from unspool_beam.pool import Pool
 from unspool_beam.search import Search, candidates, lengths_after
+from unspool_beam.side_by_side import by_request
 
 if TYPE_CHECKING:
     from unspool.request import Hypothesis, PreparedRequest

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from unspool.hooks import Growth
 from unspool.plugin import hookimpl
-from unspool_beam.best import best
+from unspool.rank import best
 from unspool_beam.pool import Pool
 from unspool_beam.search import Search, candidates, refuse_more_than
 

@@ -29,8 +29,9 @@ from torch import Tensor
 
 from unspool.hooks import Growth
 from unspool.plugin import Parameters, Plugin, hookimpl
-from unspool_beam.best import best, by_request
+from unspool.rank import best
 from unspool_beam.search import refuse_more_than
+from unspool_beam.side_by_side import by_request
 
 if TYPE_CHECKING:
     from unspool.request import Hypothesis, PreparedRequest

@@ -27,6 +27,7 @@ from torch.nn.functional import normalize
 from unspool.errors import InputError
 from unspool.hooks import Growth
 from unspool.plugin import Parameters, Plugin, hookimpl
+from unspool.rank import best
 
 if TYPE_CHECKING:
     from unspool.request import PreparedRequest
@@ -128,7 +129,7 @@ def nearest(candidates: Tensor, path: Tensor, there: Tensor) -> Tensor:
 
 
 def likeliest(logits: Tensor, count: int) -> Tensor:
-    """Find the tokens of the largest logits of each row, of equal ones the lowest ids (`topk` alone may take any).
+    """Find the tokens of the largest logits of each row, of equal ones the lowest ids.
 
     Args:
         logits: `[rows, vocab]`; a NaN is as low as can be.
@@ -137,13 +138,7 @@ def likeliest(logits: Tensor, count: int) -> Tensor:
     Returns:
         `[rows, count]` int64, likeliest first.
     """
-    logits = logits.masked_fill(logits.isnan(), -torch.inf)
-    last = logits.topk(count, dim=-1).values[:, -1:]
-    sure, level = logits > last, logits == last
-    fits = level.cumsum(dim=-1) <= count - sure.sum(dim=-1, keepdim=True)
-    tokens = (sure | (level & fits)).nonzero()[:, 1].view(len(logits), count)
-    order = logits.gather(1, tokens).argsort(dim=-1, descending=True, stable=True)
-    return tokens.gather(1, order)
+    return best(logits.masked_fill(logits.isnan(), -torch.inf), count)
 
 
 def _probability(logits: Tensor, tokens: Tensor) -> Tensor:

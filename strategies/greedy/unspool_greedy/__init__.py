@@ -18,6 +18,7 @@ from torch import Tensor
 
 from unspool.hooks import Growth
 from unspool.plugin import Plugin, hookimpl
+from unspool.rank import argmax
 
 if TYPE_CHECKING:
     from unspool.step import Step
@@ -30,5 +31,5 @@ class Greedy(Plugin):
 
     @hookimpl
     def select(self, step: Step, logits: Tensor) -> Growth:
-        """Choose the argmax of each row. `torch.argmax` promises the first of equal maxima."""
-        return Growth(row=torch.arange(len(logits), device=logits.device), token=logits.argmax(dim=-1))
+        """Choose the first of the largest logits of each row."""
+        return Growth(row=torch.arange(len(logits), device=logits.device), token=argmax(logits))

@@ -31,8 +31,8 @@ from torch import Tensor
 from unspool import noise
 from unspool.errors import InputError
 from unspool.hooks import Growth
+from unspool.noise import draw
 from unspool.plugin import Parameters, Plugin, hookimpl
-from unspool_many.draws import draw
 
 if TYPE_CHECKING:
     from unspool.request import Hypothesis, PreparedRequest

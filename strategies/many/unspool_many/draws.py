@@ -18,7 +18,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from unspool import noise
 from unspool.errors import InputError
 from unspool.hooks import Growth
 from unspool.plugin import Parameters, Plugin, hookimpl
@@ -49,16 +48,8 @@ class Draws(Plugin):
     @hookimpl
     def select(self, step: Step, logits: Tensor) -> Growth:
         """Draw one token a row, with the row's own noise."""
-        token = (logits + step.gumbel("sample")).argmax(dim=-1)
+        token = step.sample("sample", logits)
         return Growth(row=torch.arange(len(logits), device=logits.device), token=token)
-
-
-def draw(logits: Tensor, keys: Tensor) -> Tensor:
-    """Draw a token from each distribution `[n, vocab]` with the noise of `[n]` keys, as `sample` does.
-
-    A step draws noise for its rows; where a row may have several children, each needs its own.
-    """
-    return (logits + noise.gumbel(keys, logits.shape[-1], logits.dtype)).argmax(dim=-1)
 
 
 def in_order(hypotheses: Sequence[Hypothesis]) -> list[Hypothesis]:

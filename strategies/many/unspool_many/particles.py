@@ -34,8 +34,9 @@ from torch import Tensor
 from unspool import noise
 from unspool.errors import InputError
 from unspool.hooks import Growth
+from unspool.noise import draw
 from unspool.plugin import Parameters, Plugin, hookimpl
-from unspool_many.draws import draw, in_order
+from unspool_many.draws import in_order
 from unspool_many.functions import find, named
 
 if TYPE_CHECKING:

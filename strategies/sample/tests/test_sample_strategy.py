@@ -31,7 +31,7 @@ def draw(kind: str, logits: Tensor, draws: int, seed: int = 1) -> Tensor:
     keys = noise.key(torch.tensor(seed), streams, torch.tensor(3), noise.purpose_key("sample"))
     step = SimpleNamespace(
         uniform=lambda purpose: noise.uniform(keys),
-        gumbel=lambda purpose: noise.gumbel(keys, len(logits), logits.dtype),
+        sample=lambda purpose, logits: noise.draw(logits, keys),
     )
     return sampler(kind).select(cast(Any, step), logits.expand(draws, -1)).token
 
@@ -88,7 +88,8 @@ def test_a_vocabulary_of_one_token_has_one_choice(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["gumbel", "uniform"])
 def test_a_dead_row_is_answered_and_spoils_no_other(kind: str) -> None:
     step = SimpleNamespace(
-        uniform=lambda purpose: torch.tensor([0.5, 0.5], dtype=torch.float64), gumbel=lambda purpose: torch.zeros(2, 3)
+        uniform=lambda purpose: torch.tensor([0.5, 0.5], dtype=torch.float64),
+        sample=lambda purpose, logits: noise.draw(logits, torch.zeros(2, dtype=torch.int64)),
     )
     logits = torch.tensor([[-INF, -INF, -INF], [-INF, 0.0, -INF]])
     token = sampler(kind).select(cast(Any, step), logits).token

@@ -44,7 +44,7 @@ class Sample(Plugin):
     def select(self, step: Step, logits: Tensor) -> Growth:
         """Draw one token a row, with the row's own noise."""
         if self.params.noise == "gumbel":
-            token = (logits + step.gumbel("sample")).argmax(dim=-1)
+            token = step.sample("sample", logits)
         else:
             token = invert(logits, step.uniform("sample"))
         return Growth(row=torch.arange(len(logits), device=logits.device), token=token)

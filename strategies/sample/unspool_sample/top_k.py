@@ -5,7 +5,7 @@ A row with fewer possible tokens than k is left alone.
 
     keep t  iff  #{ s : logits[s] > logits[t], or logits[s] = logits[t] and s < t } < k      (Fan, Lewis, Dauphin 2018)
 
-Costs one topk and a few comparisons over the vocabulary.
+Costs one topk over the vocabulary.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from unspool.plugin import Parameters, Plugin, hookimpl, per_request
+from unspool.rank import best
 
 if TYPE_CHECKING:
     from unspool.step import Step
@@ -37,9 +38,7 @@ class TopK(Plugin):
         # The widest k, from the requests and not from the tensor: no wait for the device.
         params = [cast(TopK.Params, request.parameters[self.name]) for request in step.requests]
         widest = min(max(p.k for p in params), logits.shape[-1])
-        k = step.values(self, "k").to(logits.device, torch.int64).clamp(max=widest).unsqueeze(-1)
-        border = logits.topk(widest, dim=-1).values.gather(-1, k - 1)
-        above, tied = logits > border, logits == border
-        room = k - above.sum(dim=-1, keepdim=True)
-        keep = above | (tied & (tied.cumsum(dim=-1, dtype=torch.int32) <= room))
-        logits.masked_fill_(~keep, -torch.inf)
+        k = step.values(self, "k").to(logits.device).unsqueeze(-1)
+        values = logits.gather(-1, places := best(logits, widest))
+        beyond = torch.arange(widest, device=logits.device) >= k
+        logits.fill_(-torch.inf).scatter_(-1, places, values.masked_fill_(beyond, -torch.inf))

@@ -5,7 +5,7 @@ probable token always stays, and equal probabilities are taken lowest token id f
 
     keep t  iff  sum of p[s] over all s before t in that order  <  p           (Holtzman et al. 2020)
 
-Costs a sort, a softmax and a cumulative sum over the vocabulary.
+Costs a softmax and a topk over the vocabulary, a sort where the nucleus is wide.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from unspool.plugin import Parameters, Plugin, hookimpl, per_request
+from unspool.rank import best_until
 
 if TYPE_CHECKING:
     from unspool.step import Step
@@ -35,9 +36,18 @@ class TopP(Plugin):
     def logits_transform(self, step: Step, logits: Tensor) -> None:
         """Forbid what lies beyond the nucleus of each row."""
         p = step.values(self, "p").to(logits).unsqueeze(-1)
-        ranked, order = logits.sort(dim=-1, descending=True, stable=True)
-        mass = ranked.softmax(dim=-1).cumsum(dim=-1)
+        probs = logits.softmax(dim=-1)
+
+        def held(places: Tensor) -> Tensor:
+            return probs.gather(-1, places).cumsum(dim=-1)
+
+        def enough(ranked: Tensor, places: Tensor) -> Tensor:
+            full = (held(places) >= p) & (ranked > ranked[:, -1:])
+            return full.any(dim=-1) | (ranked[:, -1] == -torch.inf) | (p[:, 0] >= 1)
+
+        ranked, places = best_until(logits, enough)
+        beyond = held(places)[:, :-1] >= p
+        ranked[:, 1:].masked_fill_(beyond, -torch.inf)
+        nucleus = torch.full_like(logits, -torch.inf).scatter_(-1, places, ranked)
         # Rounding can make the mass reach 1 before the last token, so p = 1 is not left to the sum.
-        beyond = (mass >= p) & (p < 1)
-        drop = torch.zeros_like(beyond).scatter_(-1, order[:, 1:], beyond[:, :-1])
-        logits.masked_fill_(drop, -torch.inf)
+        logits.copy_(torch.where(p < 1, nucleus, logits))

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from unspool.errors import ConfigError
 from unspool.plugin import Plugin
+from unspool.rank import argmax
 from unspool.request import PreparedRequest
 from unspool.step import Step
 from unspool_testing.case import Asked, Case, Model
@@ -199,7 +200,10 @@ class Grid:
                 )
             return torch.stack(columns, 1).to(real)
 
-        with mock.patch.object(Step, "uniform", uniform), mock.patch.object(Step, "gumbel", gumbel):
+        def sample(step: Step, purpose: str, logits: Tensor) -> Tensor:
+            return argmax(logits + gumbel(step, purpose))
+
+        with mock.patch.multiple(Step, uniform=uniform, gumbel=gumbel, sample=sample):
             yield
 
     def _midpoints(
