@@ -84,7 +84,7 @@ class Forward:
                     for lane in [self._main, *group.beside()]:
                         new = self._scheduler.share(live, lane).new_slots(lane) + drafts
                         needs[lane.cache] = needs.get(lane.cache, 0) + new
-            short = [cache for cache, need in needs.items() if need > cache.pool.free]
+            short = [cache for cache, need in needs.items() if need > cache.free]
             if not short:
                 return
             self.make_way(plan, groups, short[0], needs[short[0]])
