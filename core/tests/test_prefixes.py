@@ -279,6 +279,18 @@ def test_a_layer_that_is_wanted_later_is_not_missing_from_what_was_kept() -> Non
     check_conservation(loop)
 
 
+def test_a_prompt_of_one_token_that_ran_before_a_layer_was_wanted_is_not_found_after() -> None:
+    loop = Loop(TableModel(VOCAB), 20)
+    loop.submit(request(GREEDY, (1,), max_new_tokens=2, end_ids=()))
+    loop.step()
+    loop.main.cache.want([1])
+    finish(loop)
+    assert loop.main.cache.kept.held == 0
+    later = loop.submit(request(GREEDY, (1, 1), max_new_tokens=1))
+    loop.step()
+    assert later.counts.cached_tokens == 0
+
+
 def test_without_it_nothing_is_kept() -> None:
     asked = [request(GREEDY, (1,) * 20, seed=i) for i in range(3)]
     results = drive(TableModel(VOCAB), asked, Circumstances(prefix_cache=False))

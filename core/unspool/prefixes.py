@@ -195,9 +195,8 @@ class Prefixes:
     def release(self, prefix: Prefix) -> None:
         """Count on a prefix no longer."""
         now = self.kept.now()
-        at: Prefix | None = prefix
-        while at is not None and at is not self.top:
-            above = at.above
+        at = prefix
+        while (above := at.above) is not None:
             at.users -= 1
             at.used = now
             if not at.users and at.gone:
@@ -227,6 +226,8 @@ class Prefixes:
         """Let nobody find anything of what is here, and free what nobody counts on."""
         for prefix in list(self.top.below.values()):
             self._detach(prefix)
+        self.top.gone = True  # what running requests have yet to give continues this one
+        self.top = Prefix(None, NOTHING, NOTHING)
 
     def _detach(self, prefix: Prefix) -> None:
         above = prefix.above

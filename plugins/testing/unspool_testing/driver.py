@@ -271,7 +271,7 @@ def _kept_by(lane: Lane, tracks: Sequence[Track]) -> tuple[list[int], int]:
     counted: Counter[Prefix] = Counter()
     for track in tracks:
         path, at = [], track.prefix
-        while at is not None and at is not lane.prefixes.top:
+        while at is not None and at.above is not None:
             counted[at] += 1
             path.append(at)
             at = at.above
