@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import bisect
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -157,17 +157,11 @@ class Scheduler:
                 left.prompts.setdefault((lane, track.prefix), []).append(track)
 
     def _choose_share(self, live: Live, plan: Plan, left: _Left) -> None:
-        shares = [(lane, self.share(live, lane)) for lane in self._pass_lanes(live)]
-        asked = [
-            (lane, self.share(live, lane)) for lane in self._lanes_of(live.request).values() if lane not in dict(shares)
-        ]
+        shares, asked = self.shares(live, live.held_drafts)
         before = sum(len(share.prompt) + len(share.ancestors) for _, share in shares)
         whole = sum(share.tokens for _, share in shares)
-        drafts = len(live.held_drafts)
-        whole += drafts * len(shares)
         if whole <= left.tokens or (before == 0 and plan.tokens == 0):
-            needs = [(lane, share.new_slots(lane) + drafts) for lane, share in shares]
-            if self._make_room(live, left, [*needs, *((lane, share.new_slots(lane)) for lane, share in asked)]):
+            if self._make_room(live, left, [(lane, share.new_slots(lane)) for lane, share in [*shares, *asked]]):
                 plan.ready.append(live)
                 plan.tokens += whole
                 plan.prompts += before
@@ -186,15 +180,21 @@ class Scheduler:
             if piece.tokens < len(share.prompt) + len(share.ancestors):
                 return
 
-    def share(self, live: Live, lane: Lane) -> Share:
-        """Say what a request has to run in a lane so that its branches become rows."""
+    def shares(self, live: Live, drafts: Sequence[int]) -> tuple[list[tuple[Lane, Share]], list[tuple[Lane, Share]]]:
+        """Say what a request has to run with `drafts` in the lanes of the pass, and without in those that are asked."""
+        shares = [(lane, self.share(live, lane, drafts)) for lane in self._pass_lanes(live)]
+        lanes = self._lanes_of(live.request).values()
+        return shares, [(lane, self.share(live, lane)) for lane in lanes if lane not in dict(shares)]
+
+    def share(self, live: Live, lane: Lane, drafts: Sequence[int] = ()) -> Share:
+        """Say what a request has to run in a lane so that its branches become rows, and `drafts` are read with them."""
         track = live.tracks[lane]
         if len(live.branches) == 1 and track.done == len(track.prompt):
             branch = live.branches[0]
             parent = self._tree.parent[branch.node]
             if parent == NONE or parent in lane.slot:
-                return Share(live, NO_PROMPT, (), (branch.node,) if branch.held is None else ())
-        nodes = list(dict.fromkeys(branch.node for branch in live.branches if branch.held is None))
+                return Share(live, NO_PROMPT, (), [*([branch.node] if branch.held is None else ()), *drafts])
+        nodes = list(dict.fromkeys([*(branch.node for branch in live.branches if branch.held is None), *drafts]))
         standing = list(dict.fromkeys(branch.node for branch in live.branches))
         share = lane.missing(live, standing)
         if share.prompt and live.root in nodes:
