@@ -300,7 +300,7 @@ SLOTS = (
         "kit_recall",
         "batch_invariance",
         edit(Lane._keep, "self.forget_trail(node)", "pass"),
-        texts=((1, 1, 1, 1), (0, 0, 0, 0)),
+        texts=[[1, 1, 1, 1], [0, 0, 0, 0]],
     ),
     fault(
         "a slot that was freed still belongs to its node",
@@ -394,8 +394,8 @@ SLOTS = (
         "cost",
         edit(
             Scheduler.share,
-            "list(dict.fromkeys(branch.node for branch in live.branches if branch.held is None))",
-            "[branch.node for branch in live.branches if branch.held is None]",
+            "list(dict.fromkeys([*(branch.node for branch in live.branches if branch.held is None), *drafts]))",
+            "[*(branch.node for branch in live.branches if branch.held is None), *drafts]",
         ),
     ),
     fault(
