@@ -229,6 +229,8 @@ class BadStrategy(Plugin):
                 return Growth(row=row, token=token[:0])
             case "dtype":
                 return Growth(row=row, token=token.double())
+            case "waits":
+                return Growth(row=row, token=token, waits=torch.ones_like(row))
             case "score":
                 return Growth(row=row, token=token, score=torch.zeros(len(row) + 1))
             case "none":

@@ -11,7 +11,7 @@ from pipelines import PIPELINES, drafters, requests, slots_for
 
 from unspool.loop import Loop
 from unspool_testing.compare import check_batch, check_equal, circumstances, with_pipeline, with_plugin
-from unspool_testing.driver import Circumstances, drive, request
+from unspool_testing.driver import Circumstances, drive, least_slots, request
 from unspool_testing.table import TableModel
 
 VOCAB = 5
@@ -65,6 +65,25 @@ def test_two_requests_in_a_pool_for_one_take_turns_and_give_the_same(name: str) 
     for spare in (0, 1, 3, 10):
         slots = max(slots_for(one, name) for one in asked) + spare
         check_batch(model, asked, Circumstances(slots=slots), MODELS)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_request_that_is_run_again_needs_no_more_slots_than_before(name: str) -> None:
+    model = TableModel(VOCAB)
+    asked = [request(MADE[name], (1, 2), max_new_tokens=5, n=2, end_ids=())]
+    slots = least_slots(model, asked, MODELS)
+    for step in range(1, 9):
+        check_batch(model, asked, Circumstances(slots=slots, preempts=frozenset({step})), MODELS)
+
+
+def test_drafts_of_one_strategy_leave_the_slots_that_others_companions_need() -> None:
+    model = TableModel(VOCAB)
+    asked = [
+        request(MADE["layers"], (1, 2), max_new_tokens=4, end_ids=()),
+        request(MADE["impatient"], (0, 0), max_new_tokens=4, n=2, end_ids=()),
+    ]
+    for slots in range(18, 24):
+        check_batch(model, asked, Circumstances(slots=slots, arrivals=(0, 1)), MODELS)
 
 
 def test_64_requests_of_8_pipelines_in_one_batch_each_give_what_they_give_alone() -> None:

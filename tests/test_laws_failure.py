@@ -92,6 +92,7 @@ def test_what_goes_wrong_on_a_draft_that_nobody_chooses_is_no_fault() -> None:
         ("twice", "twice"),
         ("shape", "Growth.token must be int64"),
         ("dtype", "Growth.token must be int64"),
+        ("waits", "Growth.waits must be bool"),
         ("score", "Growth.score must be"),
         ("none", "it must return a Growth"),
         ("raise", "ZeroDivisionError"),

@@ -128,5 +128,5 @@ def test_a_shared_path_takes_one_slot_for_all_its_branches() -> None:
     used = []
     model = TableModel(VOCAB)
     greedy = request(MADE["greedy"], (1, 2, 3), n=5, max_new_tokens=4, end_ids=())
-    drive(model, [greedy], watch=lambda loop: used.append(loop.main.cache.pool.size - loop.main.cache.pool.free))
+    drive(model, [greedy], watch=lambda loop: used.append(loop.main.cache.pool.size - loop.main.cache.free))
     assert used == [3, 4, 5, 0], "five equal texts are one path"

@@ -119,8 +119,8 @@ def test_the_prompt_of_many_branches_is_run_and_held_once(name: str) -> None:
 
 
 def _taken(loop: Loop) -> int:
-    pool = loop.main.cache.pool
-    return pool.size - pool.free
+    cache = loop.main.cache
+    return cache.pool.size - cache.free
 
 
 @pytest.fixture(scope="module")

@@ -26,3 +26,13 @@ def test_without_drafters_nothing_is_said_of_drafts(capsys: pytest.CaptureFixtur
     with (progress := _Progress(1)):
         progress.ended(Stats(new_tokens=5), failed=False)
     assert "draft" not in capsys.readouterr().err
+
+
+def test_the_share_of_prompts_that_came_from_cache_is_said_if_there_is_any(capsys: pytest.CaptureFixture[str]) -> None:
+    with (progress := _Progress(2)):
+        progress.ended(Stats(prompt_tokens=10), failed=False)
+    assert "cache" not in capsys.readouterr().err
+    with (progress := _Progress(2)):
+        progress.ended(Stats(prompt_tokens=10), failed=False)
+        progress.ended(Stats(prompt_tokens=30, cached_tokens=20), failed=False)
+    assert "prompt tokens from cache: 20 of 40 (50%)" in capsys.readouterr().err

@@ -187,6 +187,9 @@ class EngineSettings(_Closed):
         default=None, description="Most requests that wait; beyond it submission is refused."
     )
     max_running: Count | None = Field(default=None, description="Most requests that run at once.")
+    prefix_cache: bool = Field(
+        default=True, description="Keep prompts that have run, so that those that begin alike are not run again."
+    )
 
     @field_validator("memory", mode="before")
     @classmethod

@@ -28,6 +28,8 @@ class Children:
     row: list[int]
     token: list[int]
     stream: list[int]
+    waits: list[int] | None
+    """1: the child waits for the next step wherever it comes to stand; None: none is told to."""
     score: list[tuple[float, ...]] | None
     """The strategy's own, or sums of log-probabilities where somebody reads them in this round."""
     own_score: bool
@@ -39,6 +41,10 @@ class Children:
     """row -> its children, in the order of select."""
     states: dict[int, tuple[Any, ...]] = field(default_factory=dict)
     """child -> the path states after it, as far as anybody has asked."""
+
+    def may_go_on(self, child: int) -> bool:
+        """Tell whether a child may go on in this step, if the pass has run its node."""
+        return not (self.waits and self.waits[child])
 
 
 @dataclass(eq=False)
@@ -120,7 +126,7 @@ class Decider:
     ) -> Decision:
         """Select among the sound rows, and count rows as before."""
         index = torch.tensor(keep, dtype=torch.int64, device=logits.device)
-        none = Children([], [], [], None, False, None, None)
+        none = Children([], [], [], None, None, False, None, None)
         if not keep:
             return Decision(rows, none, dead, spoilt, {})
         some, raw, logits = rows.only(keep), raw[index], logits[index]
@@ -170,10 +176,11 @@ class Decider:
         self, step: Step, rows: Rows, growth: Growth, logits: Tensor, peak: Tensor
     ) -> tuple[Children, list[float]]:
         """Check a growth and copy it to the host: one copy of integers, one of floats."""
-        row, token, score, stream = growth.row, growth.token, growth.score, growth.stream
+        row, token, score, stream, waits = growth.row, growth.token, growth.score, growth.stream, growth.waits
         count = len(row)
         self._check_shapes(growth, count)
-        ints = torch.stack([row, token] if stream is None else [row, token, stream]).to("cpu").tolist()
+        given = [values.to(torch.int64) for values in (stream, waits) if values is not None]
+        ints = torch.stack([row, token, *given]).to("cpu").tolist()
         for name, values, end in (("rows", ints[0], len(rows)), ("tokens", ints[1], self.group.vocab_size)):
             if values and not (0 <= min(values) and max(values) < end):
                 raise self._bad(f"{name} out of range: {min(values)} to {max(values)}, of {end}")
@@ -196,7 +203,8 @@ class Decider:
             scores = list(zip(*pieces, strict=True))
         elif logprob is not None and not step.looks_ahead:
             scores = [(rows.branch[r].score[0] + value,) for r, value in zip(ints[0], logprob, strict=True)]
-        children = Children(ints[0], ints[1], streams, scores, score is not None, logprob, model_logprob)
+        waiting = ints[-1] if waits is not None else None
+        children = Children(ints[0], ints[1], streams, waiting, scores, score is not None, logprob, model_logprob)
         possible = [
             i for i, value in enumerate(chosen) if value != -torch.inf and not (scores and scores[i][0] == -torch.inf)
         ]
@@ -205,13 +213,13 @@ class Decider:
         return children, peaks
 
     def _check_shapes(self, growth: Growth, count: int) -> None:
-        for name in ("row", "token", "stream"):
+        for name, dtype in (("row", "int64"), ("token", "int64"), ("stream", "int64"), ("waits", "bool")):
             value = getattr(growth, name)
-            if value is None and name == "stream":
+            if value is None and name in ("stream", "waits"):
                 continue
-            if not isinstance(value, Tensor) or value.shape != (count,) or value.dtype != torch.int64:
+            if not isinstance(value, Tensor) or value.shape != (count,) or value.dtype != getattr(torch, dtype):
                 shape = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
-                raise self._bad(f"Growth.{name} must be int64 [{count}], not {shape}")
+                raise self._bad(f"Growth.{name} must be {dtype} [{count}], not {shape}")
         if growth.score is not None and (growth.score.dim() not in (1, 2) or len(growth.score) != count):
             raise self._bad(f"Growth.score must be [{count}] or [{count}, c], not {tuple(growth.score.shape)}")
 
@@ -272,6 +280,7 @@ class Decider:
             token=torch.tensor(children.token),
             score=score,
             stream=torch.tensor(children.stream),
+            waits=None if children.waits is None else torch.tensor(children.waits, dtype=torch.bool),
             request=torch.tensor([rows.request[row] for row in children.row]),
             finish=children.finish,
             drop=torch.zeros(len(parents), dtype=torch.bool),
@@ -350,7 +359,7 @@ def _health(peaks: Sequence[float]) -> tuple[frozenset[int], frozenset[int]]:
 
 
 def _keep(children: Children, which: Sequence[int]) -> None:
-    for name in ("row", "token", "stream", "score", "pipeline_logprob", "model_logprob"):
+    for name in ("row", "token", "stream", "waits", "score", "pipeline_logprob", "model_logprob"):
         values = getattr(children, name)
         if values is not None:
             setattr(children, name, [values[i] for i in which])

@@ -35,6 +35,7 @@ from unspool.live import Live
 from unspool.loop import Loop
 from unspool.pipeline import Pipeline
 from unspool.plugin import Plugin
+from unspool.prefixes import PrefixStats
 from unspool.prompt import encode_prompt
 from unspool.registry import Registry
 from unspool.request import Limits, PreparedRequest, Prompt, Request, Result, Stats
@@ -99,6 +100,7 @@ class Engine:
             token_budget=self.settings.token_budget or (512 if on_cpu else 4096),
             max_running=self.settings.max_running or MAX_RUNNING,
             models=models,
+            prefix_cache=self.settings.prefix_cache,
             detokenizer=self.detokenizer if tokenizer is not None else None,
             finished=self._finished,
             progressed=self._progressed,
@@ -113,6 +115,7 @@ class Engine:
         self._worker, self._working = worker, False
         self._closed = False
         self._waiting = 0
+        self._prompt_tokens = self._cached_tokens = 0
         self._given: OrderedDict[tuple[Any, ...], Pipeline] = OrderedDict()
         self._versions = {
             name: importlib.metadata.version(name) for name in ("unspool", "torch", "transformers") if _installed(name)
@@ -193,6 +196,12 @@ class Engine:
     def slots(self) -> int:
         """Count the cache slots of the pool."""
         return self._loop.main.cache.pool.size
+
+    @property
+    def prefix_stats(self) -> PrefixStats:
+        """Say how far prompts were served from what was kept of others, since the engine was made."""
+        kept = self._loop.main.cache.kept
+        return PrefixStats(self._prompt_tokens, self._cached_tokens, kept.held, kept.evicted)
 
     # ---- one request ------------------------------------------------------------------------------------------------
 
@@ -641,6 +650,8 @@ class Engine:
     def _finished(self, live: Live) -> None:
         handle = self._handles.pop(live, None)
         assert live.result is not None
+        self._prompt_tokens += live.result.stats.prompt_tokens
+        self._cached_tokens += live.result.stats.cached_tokens
         if handle is not None:
             handle.finish(live.result)
 

@@ -60,14 +60,10 @@ class Forward:
                 group.read_nothing()
 
     def _share(self, group: Group, live: Live, lane: Lane) -> Share:
-        share = self._scheduler.share(live, lane)
-        if not group.drafts:
-            return share
-        drafts = group.running_drafts(live)
+        drafts = group.running_drafts(live) if group.drafts else ()
         if lane is self._main:
             live.counts.drafted += sum(not group.drafts[node].held for node in drafts)
-        nodes = dict.fromkeys([*share.nodes, *drafts])
-        return Share(live, share.prompt, share.ancestors, [n for n in nodes if n != live.root or not share.prompt])
+        return self._scheduler.share(live, lane, drafts)
 
     def _beside(self, groups: Sequence[Group]) -> list[Lane]:
         return [lane for group in groups for lane in group.beside()]
@@ -80,11 +76,10 @@ class Forward:
                 needs[lane.cache] = needs.get(lane.cache, 0) + piece.new_slots(lane)
             for group in groups:
                 for live in group.lives:
-                    drafts = len(group.running_drafts(live))
-                    for lane in [self._main, *group.beside()]:
-                        new = self._scheduler.share(live, lane).new_slots(lane) + drafts
-                        needs[lane.cache] = needs.get(lane.cache, 0) + new
-            short = [cache for cache, need in needs.items() if need > cache.pool.free]
+                    shares, asked = self._scheduler.shares(live, group.running_drafts(live))
+                    for lane, share in [*shares, *asked]:
+                        needs[lane.cache] = needs.get(lane.cache, 0) + share.new_slots(lane)
+            short = [cache for cache, need in needs.items() if need > cache.free]
             if not short:
                 return
             self.make_way(plan, groups, short[0], needs[short[0]])

@@ -1,7 +1,8 @@
 """The growth rule: the children that are left become branches.
 
 A child that coincides with a draft which this pass has run is accepted, and goes on at once; any other waits for the
-next step. What ended is a hypothesis, and what no branch needs any more is free.
+next step, and so does one that its strategy tells to wait. What ended is a hypothesis, and what no branch needs any
+more is free.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ class Grower:
             drafts = decision.held.pop(decision.rows.node[row], None)
             if drafts is not None and not any(b.held and b.held.drafts is drafts for b in after):
                 self.group.prune(drafts)
-        accepted = {branch for _, branch in grown if self.group.ran(branch.node)}
+        accepted = {branch for child, branch in grown if self.group.ran(branch.node) and children.may_go_on(child)}
         goes_on = self.pipeline.row_local or len(accepted) == len(after)
         for branch in accepted:
             draft = self.group.drafts.get(branch.node)

@@ -10,8 +10,8 @@ In a step the model runs once (the pass); then rounds move branches by one token
       stop_check        limits, plugins and the strategy finish or drop children
 
 The children that are left become branches. One that coincides with a draft that the pass has run is *accepted*, and
-the next round shows its row at once; any other waits for the next step. A child must never be chosen because a draft
-exists.
+the next round shows its row at once; any other waits for the next step, and so does one that is told to. A child must
+never be chosen because a draft exists.
 """
 
 from __future__ import annotations
@@ -46,6 +46,9 @@ class Growth:
             for the strategy and come back as `step.score`. None: the parent's score plus the log-probability, if
             anyone reads it.
         stream: `[children]` int64, the stream that keys the child's noise; None: the parent's.
+        waits: `[children]` bool, True where the child waits for the next step even if the pass has run its node; None:
+            none does. For a strategy whose choice at a row depends on the drafts that were hung for that very branch:
+            elsewhere another branch may have been there before, and those drafts are not.
         request: `[children]` int64, index into `step.requests`. Added by the core for `stop_check`, like all below.
         finish: why each child ends (`eos`, `length`, `stop_string`, `deadline`, or a plugin's own word), or None.
         drop: `[children]` bool, True where the child is not grown at all.
@@ -55,6 +58,7 @@ class Growth:
     token: Tensor
     score: Tensor | None = None
     stream: Tensor | None = None
+    waits: Tensor | None = None
     request: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     finish: list[str | None] = field(default_factory=list)
     drop: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))

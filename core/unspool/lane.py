@@ -18,6 +18,7 @@ from torch import Tensor
 
 from unspool.chain import Chain
 from unspool.live import Live
+from unspool.prefixes import Kept, Prefix, Prefixes
 from unspool.runner import Batch, ModelRunner, Output, Span
 from unspool.slots import Claim, SlotPool
 from unspool.tree import NONE, Tree
@@ -31,7 +32,7 @@ class NoSlots(RuntimeError):
 
     def __init__(self, cache: Cache, need: int) -> None:
         self.cache, self.need = cache, need
-        super().__init__(f"{need} cache slots are needed and {cache.pool.free} are free")
+        super().__init__(f"{need} cache slots are needed and {cache.free} are free")
 
 
 class Trail(NamedTuple):
@@ -77,11 +78,28 @@ class Cache:
     runner: ModelRunner
     pool: SlotPool
     hidden: dict[int, Tensor] = field(default_factory=dict)
+    prefixes: list[Prefixes] = field(default_factory=list)
+    """The trees of its lanes."""
+
+    def __post_init__(self) -> None:
+        self.kept = Kept(self.pool)
+
+    @property
+    def free(self) -> int:
+        """Count the slots that may be taken: those that are free, and those of prompts that nobody counts on."""
+        return self.pool.free + self.kept.idle
+
+    def make_room(self, slots: int) -> None:
+        """See to it that so many slots are free, as far as prompts can be given up for it."""
+        if slots > self.pool.free:
+            self.kept.give_up(slots - self.pool.free)
 
     def want(self, layers: Iterable[int]) -> None:
         """Store the hidden states of these layers beside keys and values from now on."""
         for layer in layers:
             if layer not in self.hidden:
+                for prefixes in self.prefixes:  # they were run without it
+                    prefixes.drop()
                 shape = self.pool.size, self.runner.width
                 self.hidden[layer] = torch.zeros(shape, dtype=self.runner.dtype, device=self.runner.device)
 
@@ -93,6 +111,12 @@ class Track:
     prompt: NDArray[np.int64]
     claim: Claim
     slots: NDArray[np.int64]
+    prefix: Prefix | None = None
+    """The piece of the tree of prompts with which its first `shared` slots end."""
+    shared: int = 0
+    """How many of its slots are the tree's. All but the last token's are, once they have run."""
+    borrowed: int = 0
+    """How many of them it did not run."""
     done: int = 0
 
 
@@ -147,10 +171,14 @@ class Lane:
         tree: the nodes.
         cache: the runner and its slots; lanes of one model share it.
         layers: run the first so many layers only.
+        keeps: keep prompts that have run, for others that begin alike.
     """
 
-    def __init__(self, tree: Tree, cache: Cache, layers: int | None = None) -> None:
+    def __init__(self, tree: Tree, cache: Cache, layers: int | None = None, *, keeps: bool = True) -> None:
         self.tree, self.cache, self.layers = tree, cache, layers
+        self.prefixes = Prefixes(cache.kept) if keeps else None
+        if self.prefixes is not None:
+            cache.prefixes.append(self.prefixes)
         self.slot: dict[int, int] = {}
         self._trails: dict[int, Trail] = {}
         """Of nodes that have something running below them, or soon will."""
@@ -158,9 +186,36 @@ class Lane:
 
     def enter(self, live: Live, prompt: NDArray[np.int64]) -> None:
         """Begin a request here (again, after a preemption)."""
-        length = len(prompt) + live.request.limits.max_new_tokens * live.widest
-        claim = self.cache.pool.claim(min(length, self.cache.pool.size))
-        live.tracks[self] = Track(prompt, claim, np.empty(len(prompt), dtype=np.int64))
+        length, pool = len(prompt) + live.request.limits.max_new_tokens * live.widest, self.cache.pool
+        slots = np.empty(len(prompt), dtype=np.int64)
+        if self.prefixes is None:
+            live.tracks[self] = Track(prompt, pool.claim(min(length, pool.size)), slots)
+            return
+        top = self.prefixes.top
+        prefix, shared = self.prefixes.borrow(top, prompt[:-1], idle=False)
+        all_of_it, known = self.prefixes.borrow(top, prompt[:-1])  # so that it is not given up for the claim
+        length = min(length - len(known), pool.size)
+        if self.cache.kept.idle:  # a path in one piece is worth more than an old prompt
+            self.cache.kept.give_up(length - pool.unclaimed())
+        claim, done = pool.claim(length), len(shared)
+        self.prefixes.release(all_of_it)
+        slots[:done] = shared
+        live.tracks[self] = Track(prompt, claim, slots, prefix, done, done, done)
+
+    def borrow(self, live: Live) -> None:
+        """Count on what others have run of the rest of a request's prompt, but for its last token."""
+        track = live.tracks[self]
+        if self.prefixes is None or track.done >= len(track.prompt) - 1:
+            return
+        assert track.prefix is not None and track.shared == track.done
+        track.prefix, slots = self.prefixes.borrow(track.prefix, track.prompt[track.done : -1])
+        track.slots[track.done : track.done + len(slots)] = slots
+        track.borrowed += len(slots)
+        track.done = track.shared = track.done + len(slots)
+
+    def new_to_others(self, prompt: NDArray[np.int64]) -> int:
+        """Count the tokens of a prompt that no other request counts on: it needs slots for these."""
+        return len(prompt) - (self.prefixes.in_use(prompt[:-1]) if self.prefixes is not None else 0)
 
     def leave(self, live: Live, nodes: Iterable[int]) -> None:
         """Free everything that a request has here: the slots of its prompt and of `nodes`."""
@@ -171,9 +226,35 @@ class Lane:
             self.free(node)
         self.slot.pop(live.root, None)
         self._trails.pop(live.root, None)
-        for slot in track.slots[: track.done].tolist():
+        if self.prefixes is not None:
+            self._part(live, track)
+        for slot in track.slots[track.shared : track.done].tolist():
             self.cache.pool.give(track.claim, slot)
         self.cache.pool.unclaim(track.claim)
+
+    def _part(self, live: Live, track: Track) -> None:
+        """Count no longer on the prompt of a request that leaves, and leave behind what is known to be sound."""
+        assert self.prefixes is not None and track.prefix is not None
+        counts, failed = live.counts, live.result is not None and live.result.error is not None
+        if counts.first_token is not None and not (failed and counts.preemptions):  # else it was read before it was run
+            if track.done == len(track.prompt):
+                self._give(track, track.done)
+            self.prefixes.prove(track.prefix)
+        elif failed:
+            self.prefixes.doubt(track.prefix)
+        self.prefixes.release(track.prefix)
+
+    def _give(self, track: Track, stop: int) -> bool:
+        """Give what has run of a prompt to the tree. True: it was there, and its own slots for it are free."""
+        assert self.prefixes is not None and track.prefix is not None
+        ran = track.slots[track.shared : stop].copy()
+        track.prefix, kept = self.prefixes.give(track.prefix, track.prompt[track.shared : stop], ran)
+        track.slots[track.shared : stop] = kept
+        track.shared = stop
+        twice = ran[ran != kept].tolist()
+        for slot in twice:
+            self.cache.pool.give(track.claim, slot)
+        return bool(twice)
 
     def free(self, node: int) -> None:
         """Free the slot of a node, if it has one here."""
@@ -205,8 +286,9 @@ class Lane:
             NoSlots: there are not slots enough. Then, and if the model raises, nothing has changed.
         """
         need = sum(share.new_slots(self) for share in shares)
-        if need > self.cache.pool.free:
+        if need > self.cache.free:
             raise NoSlots(self.cache, need)
+        self.cache.make_room(need)
         stored = self.cache.hidden if self.layers is None else {}  # it is the target's own, which runs all layers
         layers = tuple(dict.fromkeys([*hidden, *stored]))
         packing = _Packing(self)
@@ -219,7 +301,18 @@ class Lane:
             raise
         for layer, store in stored.items():
             store[torch.from_numpy(packing.slots()).to(store.device)] = output.hidden[layer]
+        if self.prefixes is not None:
+            for share in packing.prompts:
+                self._keep(share)
         return Readings(output, packing.row, packing.packed)
+
+    def _keep(self, share: Share) -> None:
+        """Give a piece of a prompt that has just run to the tree, but for the last token, which may be run again."""
+        track = share.live.tracks[self]
+        stop = min(track.done, len(track.prompt) - 1)
+        if stop > track.shared and self._give(track, stop):  # the slots of the path are others now
+            for node in (share.live.root, *share.nodes, *share.silent):
+                self.forget_trail(node)
 
     def _undo(self, shares: Sequence[Share], fresh: Sequence[int]) -> None:
         """Free what a pass that failed was to fill."""
@@ -275,10 +368,13 @@ class _Packing:
         self.packed: dict[int, int] = {}
         self.fresh: list[int] = []
         """Nodes that had no slot before."""
+        self.prompts: list[Share] = []
+        """Those of which a piece of the prompt runs."""
 
     def add(self, share: Share) -> None:
         lane, live, tree = self.lane, share.live, self.tree
         if share.prompt:
+            self.prompts.append(share)
             self._prompt(live, share.prompt)
         nodes, silent = share.nodes, share.silent
         if silent or len(nodes) > 1:  # parents first

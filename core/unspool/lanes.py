@@ -19,14 +19,22 @@ class Lanes:
         runner: the target.
         slots: size of its pool, and of each companion model's.
         models: loads a companion's model by name.
+        prefix_cache: keep prompts that have run, for others that begin alike.
     """
 
-    def __init__(self, runner: ModelRunner, slots: int, models: Callable[[str], ModelRunner] | None) -> None:
+    def __init__(
+        self,
+        runner: ModelRunner,
+        slots: int,
+        models: Callable[[str], ModelRunner] | None = None,
+        *,
+        prefix_cache: bool = True,
+    ) -> None:
         self.tree = Tree(self.free)
-        self.main = Lane(self.tree, self._cache(runner, slots))
+        self.main = Lane(self.tree, self._cache(runner, slots), keeps=prefix_cache)
         self.companions: dict[tuple[str, str | None, int | None], Lane] = {}
         self._caches: dict[str | None, Cache] = {None: self.main.cache}
-        self._models, self._slots = models, slots
+        self._models, self._slots, self._keeps = models, slots, prefix_cache
 
     def of(self, request: PreparedRequest) -> Mapping[str, Lane]:
         """Give the lanes of a request's companions, by name, making those that are new."""
@@ -39,7 +47,7 @@ class Lanes:
                 if companion.layers is not None and not 0 < companion.layers <= layers:
                     reason = f"{companion.layers} layers: 1 to {layers} are there"
                     raise ConfigError([Problem(f"companion {name}", reason)])
-                self.companions[key] = Lane(self.tree, cache, companion.layers)
+                self.companions[key] = Lane(self.tree, cache, companion.layers, keeps=self._keeps)
             lanes[name] = self.companions[key]
         return lanes
 

@@ -37,6 +37,7 @@ class Loop:
         token_budget: most tokens of a pass.
         max_running: most requests that are admitted at once.
         models: loads a companion's model by name.
+        prefix_cache: keep prompts that have run, for others that begin alike.
         detokenizer: for texts and stop strings; None where the model has no tokenizer.
         finished: called with each request that has ended, its result in `live.result`.
         progressed: called after each step with the requests that had rows.
@@ -50,11 +51,12 @@ class Loop:
         token_budget: int = 512,
         max_running: int = 256,
         models: Callable[[str], ModelRunner] | None = None,
+        prefix_cache: bool = True,
         detokenizer: Detokenizer | None = None,
         finished: Callable[[Live], None] = lambda live: None,
         progressed: Callable[[Sequence[Live]], None] = lambda lives: None,
     ) -> None:
-        self.lanes = Lanes(runner, slots, models)
+        self.lanes = Lanes(runner, slots, models, prefix_cache=prefix_cache)
         self.tree, self.main = self.lanes.tree, self.lanes.main
         self.scheduler = Scheduler(self.tree, self.main, self.lanes.of, token_budget, max_running)
         self.recorder: Recorder | None = None

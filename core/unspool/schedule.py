@@ -1,25 +1,29 @@
 """Who runs in a step: admission, the token budget, preemption, refusal with numbers.
 
 Requests that only need their next token go first; prompts (and the recomputing of preempted requests) fill what is left
-of the budget, the oldest first. When slots run short the youngest request loses its own and waits to be recomputed.
+of the budget, the oldest first. A prompt that goes on like one which is being run waits for that, and takes it over.
+When slots run short the youngest request loses its own and waits to be recomputed.
 """
 
 from __future__ import annotations
 
 import bisect
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from unspool.errors import AdmissionError
-from unspool.lane import Cache, Lane, Share
+from unspool.lane import Cache, Lane, Share, Track
 from unspool.live import Live
+from unspool.prefixes import Prefix, in_common
 from unspool.request import PreparedRequest
 from unspool.tree import NONE, Tree
 
 NO_PROMPT = range(0)
+WORTH_A_STEP = 16
+"""Tokens that a request waits for while another runs them. Fewer are run twice: a step that is missed costs more."""
 
 
 @dataclass(eq=False)
@@ -59,6 +63,10 @@ class Scheduler:
         self.waiting: deque[Live] = deque()
         self.running: list[Live] = []
         self._preempted: set[Live] = set()
+        self._waits: set[Live] = set()
+        """Requests that wait in this step for what another runs of their prompts."""
+        self._waited: set[Live] = set()
+        """Those that did in the step before."""
 
     def refuse(self, request: PreparedRequest, prompts: Mapping[Lane, int]) -> AdmissionError | None:
         """Say why a request can never run here, with the numbers, or None. `prompts`: prompt length in each lane."""
@@ -85,6 +93,7 @@ class Scheduler:
     def plan(self) -> Plan:
         """Admit, preempt and choose. Everything that is chosen has its slots free."""
         self._preempted.clear()
+        self._waited, self._waits = self._waits, set()
         self._admit()
         plan, left = Plan(), _Left(self.token_budget)
         if self._all_fit(plan, left):
@@ -106,7 +115,7 @@ class Scheduler:
             if len(branches) != 1 or branches[0].held or len(live.tracks) > 1 or track.done < len(track.prompt):
                 return False
             nodes += 1
-        if not nodes <= min(left.tokens, self._main.cache.pool.free):
+        if not nodes <= min(left.tokens, self._main.cache.free):
             return False
         plan.ready, plan.tokens = list(self.running), nodes
         left.tokens -= nodes
@@ -115,17 +124,44 @@ class Scheduler:
         return True
 
     def _choose(self, live: Live, plan: Plan, left: _Left) -> None:
-        shares = [(lane, self.share(live, lane)) for lane in self._pass_lanes(live)]
-        asked = [
-            (lane, self.share(live, lane)) for lane in self._lanes_of(live.request).values() if lane not in dict(shares)
-        ]
+        if all(track.done == len(track.prompt) for track in live.tracks.values()):
+            self._choose_share(live, plan, left)
+            return
+        if left.tokens or not self._needs_prompt(live):  # else it is not chosen, and holds nothing that it need not
+            for lane in live.tracks:
+                lane.borrow(live)
+        if self._is_being_run(live, left):
+            self._waits.add(live)
+            return
+        self._choose_share(live, plan, left)
+        if live in left.chosen:
+            self._note_prompts(live, left)
+            if not live.counts.preemptions:
+                live.counts.cached_tokens = live.tracks[self._main].borrowed
+
+    def _is_being_run(self, live: Live, left: _Left) -> bool:
+        """Tell whether what comes next in a request's prompt is run in this step for another, and worth waiting for."""
+        least = 1 if live in self._waited else WORTH_A_STEP  # to the end, however little is left of it
+        for lane in self._pass_lanes(live) if left.prompts else ():
+            track = live.tracks[lane]
+            rest = track.prompt[track.done : -1]
+            for other in left.prompts.get((lane, track.prefix), ()):
+                if in_common(rest, other.prompt[track.done : -1]) >= least:
+                    return True
+        return False
+
+    def _note_prompts(self, live: Live, left: _Left) -> None:
+        for lane in self._pass_lanes(live):
+            track = live.tracks[lane]
+            if lane.prefixes is not None and track.done < len(track.prompt) - 1:
+                left.prompts.setdefault((lane, track.prefix), []).append(track)
+
+    def _choose_share(self, live: Live, plan: Plan, left: _Left) -> None:
+        shares, asked = self.shares(live, live.held_drafts)
         before = sum(len(share.prompt) + len(share.ancestors) for _, share in shares)
         whole = sum(share.tokens for _, share in shares)
-        drafts = len(live.held_drafts)
-        whole += drafts * len(shares)
         if whole <= left.tokens or (before == 0 and plan.tokens == 0):
-            needs = [(lane, share.new_slots(lane) + drafts) for lane, share in shares]
-            if self._make_room(live, left, [*needs, *((lane, share.new_slots(lane)) for lane, share in asked)]):
+            if self._make_room(live, left, [(lane, share.new_slots(lane)) for lane, share in [*shares, *asked]]):
                 plan.ready.append(live)
                 plan.tokens += whole
                 plan.prompts += before
@@ -144,15 +180,21 @@ class Scheduler:
             if piece.tokens < len(share.prompt) + len(share.ancestors):
                 return
 
-    def share(self, live: Live, lane: Lane) -> Share:
-        """Say what a request has to run in a lane so that its branches become rows."""
+    def shares(self, live: Live, drafts: Sequence[int]) -> tuple[list[tuple[Lane, Share]], list[tuple[Lane, Share]]]:
+        """Say what a request has to run with `drafts` in the lanes of the pass, and without in those that are asked."""
+        shares = [(lane, self.share(live, lane, drafts)) for lane in self._pass_lanes(live)]
+        lanes = self._lanes_of(live.request).values()
+        return shares, [(lane, self.share(live, lane)) for lane in lanes if lane not in dict(shares)]
+
+    def share(self, live: Live, lane: Lane, drafts: Sequence[int] = ()) -> Share:
+        """Say what a request has to run in a lane so that its branches become rows, and `drafts` are read with them."""
         track = live.tracks[lane]
         if len(live.branches) == 1 and track.done == len(track.prompt):
             branch = live.branches[0]
             parent = self._tree.parent[branch.node]
             if parent == NONE or parent in lane.slot:
-                return Share(live, NO_PROMPT, (), (branch.node,) if branch.held is None else ())
-        nodes = list(dict.fromkeys(branch.node for branch in live.branches if branch.held is None))
+                return Share(live, NO_PROMPT, (), [*([branch.node] if branch.held is None else ()), *drafts])
+        nodes = list(dict.fromkeys([*(branch.node for branch in live.branches if branch.held is None), *drafts]))
         standing = list(dict.fromkeys(branch.node for branch in live.branches))
         share = lane.missing(live, standing)
         if share.prompt and live.root in nodes:
@@ -176,7 +218,7 @@ class Scheduler:
         for lane, count in slots:
             needs[lane.cache] = needs.get(lane.cache, 0) + count
         for cache, need in needs.items():
-            while cache.pool.free - left.promised.get(cache, 0) < need:
+            while cache.free - left.promised.get(cache, 0) < need:
                 if len(self.running) == 1:
                     raise Short(live, need, cache)
                 others = [other for other in self.running if other not in left.chosen and other is not live]
@@ -203,7 +245,7 @@ class Scheduler:
             for lane in lanes:
                 caches[lane.cache] = max(caches.get(lane.cache, 0), sum(other.cache is lane.cache for other in lanes))
         for cache, lanes_there in caches.items():
-            room = min(room, (cache.pool.free - left.promised.get(cache, 0)) // lanes_there)
+            room = min(room, (cache.free - left.promised.get(cache, 0)) // lanes_there)
         plan.draft_budget = max(0, room // rows)
 
     def preempt(self, live: Live) -> None:
@@ -239,8 +281,8 @@ class Scheduler:
             lanes = self.prompts(live.request)
             kept = len({node for branch in live.branches for node in self._ancestry(branch.node)})
             for lane, prompt in lanes.items():
-                needs[lane.cache] = needs.get(lane.cache, 0) + len(prompt) + kept + len(live.branches)
-            if self.running and any(c.pool.free - promised.get(c, 0) < need for c, need in needs.items()):
+                needs[lane.cache] = needs.get(lane.cache, 0) + lane.new_to_others(prompt) + kept + len(live.branches)
+            if self.running and any(c.free - promised.get(c, 0) < need for c, need in needs.items()):
                 return
             self.waiting.popleft()
             for lane, prompt in lanes.items():
@@ -269,7 +311,7 @@ class Short(Exception):
 
     def __init__(self, live: Live, need: int, cache: Cache) -> None:
         self.live = live
-        free, size = cache.pool.free, cache.pool.size
+        free, size = cache.free, cache.pool.size
         self.error = AdmissionError(
             "strategy",
             live.request.pipeline.strategy.name,
@@ -285,3 +327,5 @@ class _Left:
     tokens: int
     promised: dict[Cache, int] = field(default_factory=dict)
     chosen: set[Live] = field(default_factory=set)
+    prompts: dict[tuple[Lane, Prefix | None], list[Track]] = field(default_factory=dict)
+    """Prompts that are run in this step, by where they go on."""

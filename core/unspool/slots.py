@@ -84,6 +84,16 @@ class SlotPool:
         if claim.start <= slot < claim.cursor:
             claim.cursor = slot
 
+    def give_all(self, slots: NDArray[np.int64]) -> None:
+        """Free slots that are in nobody's claim any more."""
+        assert self._used[slots].all(), "a slot is freed once"
+        self._used[slots] = False
+        self.free += len(slots)
+
+    def unclaimed(self) -> int:
+        """Count the free slots that nobody claims."""
+        return self.size - int(np.count_nonzero(self._used | self._claimed))
+
     def wrote(self, claim: Claim, slots: NDArray[np.int64]) -> bool:
         """Tell whether it was the holder of `claim` who last took each of some slots, freed or not."""
         if not len(slots):

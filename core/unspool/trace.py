@@ -64,6 +64,7 @@ class Recorder:
             grown = []
             for child in children.below.get(row, ()):
                 draft = tree.child(node, children.token[child])
+                ran = draft is not None and readings is not None and draft in readings
                 grown.append(
                     {
                         "token": children.token[child],
@@ -71,7 +72,7 @@ class Recorder:
                         "stream": children.stream[child],
                         "finish": children.finish[child],
                         "dropped": children.drop[child],
-                        "accepted": draft is not None and readings is not None and draft in readings,
+                        "accepted": ran and children.may_go_on(child),
                     }
                 )
             shown.append(

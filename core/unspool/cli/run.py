@@ -195,6 +195,7 @@ class _Progress:
         )
         self._task = self._bar.add_task("", total=total, speed=0.0, failed=0, drafts="")
         self._done = self._failed = self._tokens = self._skipped = 0
+        self._prompt_tokens = self._cached_tokens = 0
         self._drafts: dict[str, tuple[int, int]] = {}
         self._started = time.monotonic()
 
@@ -208,6 +209,11 @@ class _Progress:
         self._console.print(
             f"{self._done} requests{before}, {self._failed} failed, {self._tokens} tokens, {self._speed():.0f} tok/s"
         )
+        if self._cached_tokens:
+            share = self._cached_tokens / self._prompt_tokens
+            self._console.print(
+                f"prompt tokens from cache: {self._cached_tokens} of {self._prompt_tokens} ({share:.0%})"
+            )
         if self._drafts:
             self._console.print(f"drafts accepted: {self._accepted()}")
 
@@ -224,6 +230,8 @@ class _Progress:
         self._done += 1
         self._failed += failed
         self._tokens += stats.new_tokens
+        self._prompt_tokens += stats.prompt_tokens
+        self._cached_tokens += stats.cached_tokens
         self._bar.update(self._task, advance=1, speed=self._speed(), failed=self._failed, drafts=self._accepted())
 
     def _accepted(self) -> str:

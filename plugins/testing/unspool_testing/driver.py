@@ -6,6 +6,7 @@ are to share. `drive` brings requests to their ends under them; `alone` gives ea
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,10 +16,12 @@ from typing import Any
 import numpy as np
 
 from unspool.errors import AdmissionError
+from unspool.lane import Lane, Track
 from unspool.live import Live
 from unspool.loop import Loop
 from unspool.pipeline import Pipeline
 from unspool.plugin import Plugin
+from unspool.prefixes import Prefix
 from unspool.request import Limits, PreparedRequest, Result
 from unspool.runner import Batch, ModelRunner, Output
 from unspool.trace import Recorder
@@ -40,6 +43,7 @@ class Circumstances:
             order of the requests.
         cancels: request -> after how many steps since it was submitted it is cancelled.
         preempts: steps before which the youngest running request loses its slots.
+        prefix_cache: prompts that have run are kept for others that begin alike.
     """
 
     slots: int = 4096
@@ -48,6 +52,7 @@ class Circumstances:
     arrivals: Sequence[int] = ()
     cancels: Mapping[int, int] = field(default_factory=dict)
     preempts: frozenset[int] = frozenset()
+    prefix_cache: bool = True
 
 
 GOOD = Circumstances()
@@ -115,6 +120,7 @@ def drive(
         token_budget=circumstances.token_budget,
         max_running=circumstances.max_running,
         models=lambda name: at_hand[name],
+        prefix_cache=circumstances.prefix_cache,
         finished=finished,
     )
     if (runs := _RUNS.get()) is not None:
@@ -175,7 +181,7 @@ def _peak(runner: ModelRunner, request: PreparedRequest, models: Models) -> int:
 
     def look() -> None:
         nonlocal most
-        most = max([most, *(cache.pool.size - cache.pool.free for cache in loop.lanes._caches.values())])
+        most = max([most, *(cache.pool.size - cache.free for cache in loop.lanes._caches.values())])
 
     others = {name: _Watched(model, look) for name, model in models.items()}
     loop = Loop(_Watched(runner, look), GOOD.slots, models=others.__getitem__)
@@ -241,10 +247,13 @@ def check_holdings(loop: Loop) -> None:
     assert len(tree) == len(wanted), f"the tree has {len(tree)} nodes, and {len(wanted)} are needed"
     lanes = [loop.main, *loop.lanes.companions.values()]
     for cache in {id(lane.cache): lane.cache for lane in lanes}.values():
-        slots: list[int] = []
+        slots, given_up = list[int](), 0
         for lane in (lane for lane in lanes if lane.cache is cache):
             tracks = [live.tracks[lane] for live in lives if lane in live.tracks]
-            slots += [slot for track in tracks for slot in track.slots[: track.done].tolist()]
+            slots += [slot for track in tracks for slot in track.slots[track.shared : track.done].tolist()]
+            kept, idle = _kept_by(lane, tracks)
+            slots += kept
+            given_up += idle
             roots = {live.root for live in lives}
             slots += [slot for node, slot in lane.slot.items() if node not in roots]
             stray = [node for node in lane.slot if node not in wanted]
@@ -252,6 +261,30 @@ def check_holdings(loop: Loop) -> None:
         assert len(set(slots)) == len(slots), f"a slot has two owners: {sorted(slots)}"
         used = cache.pool.size - cache.pool.free
         assert len(slots) == used, f"{used} slots are taken and {len(slots)} have an owner"
+        assert cache.kept.idle == given_up, f"{given_up} slots could be given up, and {cache.kept.idle} are counted"
+
+
+def _kept_by(lane: Lane, tracks: Sequence[Track]) -> tuple[list[int], int]:
+    """List the slots of a lane's tree of prompts, and count those that are idle. It must know who counts on which."""
+    if lane.prefixes is None:
+        return [], 0
+    counted: Counter[Prefix] = Counter()
+    for track in tracks:
+        path, at = [], track.prefix
+        while at is not None and at.above is not None:
+            counted[at] += 1
+            path.append(at)
+            at = at.above
+        slots = [slot for piece in reversed(path) for slot in piece.slots.tolist()]
+        assert slots == track.slots[: track.shared].tolist(), "a request counts on other slots than it reads"
+    pieces = [lane.prefixes.top]
+    for piece in pieces:
+        pieces += piece.below.values()
+    everything = dict.fromkeys([*pieces[1:], *counted])
+    for piece in everything:
+        assert piece.users == counted[piece], f"{counted[piece]} requests count on a prefix, and it knows {piece.users}"
+    idle = sum(len(piece.slots) for piece in everything if not piece.users)
+    return [slot for piece in everything for slot in piece.slots.tolist()], idle
 
 
 def check_conservation(loop: Loop) -> None:
@@ -264,6 +297,11 @@ def check_conservation(loop: Loop) -> None:
     assert len(loop.tree) == 0, f"{len(loop.tree)} nodes are left"
     assert not any(loop.tree.states), "path states are left"
     assert not any(text is not None for text in loop.tree.text), "states of text are left"
+    for lane in [loop.main, *loop.lanes.companions.values()]:
+        pool = lane.cache.pool
+        assert lane.cache.free == pool.size, f"{pool.size - lane.cache.free} slots are left"
+        if lane.prefixes is not None:
+            lane.prefixes.drop()
     for lane in [loop.main, *loop.lanes.companions.values()]:
         pool = lane.cache.pool
         assert pool.free == pool.size, f"{pool.size - pool.free} slots are left"

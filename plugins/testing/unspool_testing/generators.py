@@ -193,6 +193,20 @@ def neighbours(draw: st.DrawFn, subject: Subject, model: Model, most: int = 2) -
 
 
 @st.composite
+def beginning_alike(draw: st.DrawFn, subject: Subject, asked: tuple[Asked, ...]) -> tuple[Asked, ...]:
+    """Let requests begin like the first one, in half of all cases, so that they share what has run of its prompt."""
+    if draw(st.booleans()):
+        return asked
+    first, *others = asked
+    for at, one in enumerate(others):
+        cut = draw(st.integers(0, len(first.prompt)))
+        alike = one.model_copy(update={"prompt": (*first.prompt[:cut], *one.prompt)})
+        if _is_taken(alike, subject.known):
+            others[at] = alike
+    return first, *others
+
+
+@st.composite
 def schedules(draw: st.DrawFn, count: int, *, cancels: bool = False, quiet: bool = True) -> Schedule:
     """Draw a schedule for so many requests. `quiet`: sometimes nothing happens at all."""
     if quiet and draw(st.booleans()):

@@ -324,6 +324,28 @@ def test_a_text_does_not_depend_on_who_else_is_there(drafter: Mapping[str, Any])
         check_batch(model, asked, circumstances, MODELS)
 
 
+@pytest.mark.parametrize("drafter", [{"model": "other 3"}, {"layers": 1}, {"layers": 2}, {"drafter": "prompt_lookup"}])
+@pytest.mark.parametrize("looks_ahead", [True, False])
+def test_a_stream_draws_the_same_however_many_there_are(drafter: Mapping[str, Any], looks_ahead: bool) -> None:
+    case = Case(vocab=3, new=7, length=3, drafter=drafter, prompt=(1, 2, 1, 2))
+    model, counts = TableModel(3, seed=5), (1, 2, 5)
+    rejecting = pipeline(case)
+    rejecting.looks_ahead = looks_ahead
+    asked = [
+        request(rejecting, case.prompt, max_new_tokens=case.new, end_ids=case.ends, seed=seed, n=n)
+        for seed in range(16)
+        for n in counts
+    ]
+    results = iter(drive(model, asked, models=MODELS))
+    for seed in range(16):
+        few: dict[int, tuple[Text, str]] = {}
+        for n, result in zip(counts, results, strict=False):
+            streams = {h.stream: (h.token_ids, h.finish_reason) for h in result.hypotheses}
+            assert len(streams) == n
+            assert few.items() <= streams.items(), f"seed {seed}, the streams of {n} and of fewer"
+            few = streams
+
+
 def test_a_transform_that_reads_log_probabilities_is_left_out_of_q_alone() -> None:
     case = Case(lambda: [plugin(Mirostat, tau=0.9)], vocab=4, new=12, ends=())
     results = alone(TableModel(4, seed=5), [ask(case, seed=seed) for seed in range(8)], MODELS)

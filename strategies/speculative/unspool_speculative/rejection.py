@@ -10,9 +10,9 @@ which number depends on where the drafts before it ended.
     else       draw from  max(p - q, 0) / sum of max(p - q, 0)
     all accepted:  draw one more from p
 
-With several streams (`n`), one that is rejected may draw a token that another's drafts have run: it goes on there in
-the same step, without drafts of its own. Its tokens are draws from p all the same, but other ones than it draws alone:
-a known fault, for the law of the batch asks that a first stream be the same however many there are.
+With several streams (`n`), one that is rejected may draw a token that another's drafts have run. It waits there for the
+next step and for drafts of its own (`Growth.waits`): going on without would draw from p too, but other tokens than it
+draws alone, and a stream is the same however many there are.
 
 One token of p comes of each draft that is looked at: min(p, q) if accepted, max(p - q, 0) else. For that no draft may
 be left out for what it is, an end or one over a limit, nor for want of room: the length is fixed, and a drafter that
@@ -163,7 +163,7 @@ class Rejection(Plugin):
             weights = logits.index_copy(0, at, residual(p, q).log().to(logits.dtype))
         fresh = rejected.nonzero().squeeze(1)
         token[fresh] = draw(weights[fresh], _keys(step, fresh, 0, "sample"))
-        return Growth(row=rows, token=token)
+        return Growth(row=rows, token=token, waits=rejected)  # its own chain has ended, whosever drafts stand there
 
 
 def accepts(p: Tensor, q: Tensor, uniform: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from unspool.forward import Forward
 from unspool.group import Group
 from unspool.lane import Lane, _Packing
 from unspool.lifecycle import Lifecycle
+from unspool.prefixes import Prefixes
 from unspool.schedule import Scheduler
 from unspool.step import Step
 from unspool.tree import Tree
@@ -264,13 +265,42 @@ SLOTS = (
         "a cancelled request frees all slots of a prompt of which a piece has run",
         "kit_greedy",
         "conservation",
-        edit(Lane.leave, "track.slots[: track.done].tolist()", "track.slots.tolist()"),
+        edit(Lane.leave, "track.slots[track.shared : track.done]", "track.slots[track.shared :]"),
     ),
     fault(
         "a pass that fails keeps the slots of its prompts",
         "kit_greedy",
         "conservation",
         edit(Lane._undo, "self.cache.pool.give(track.claim, slot)", "pass"),
+    ),
+    fault(
+        "a prompt is taken to begin one token further like another than it does",
+        "kit_greedy",
+        "batch_invariance",
+        edit(
+            Prefixes.borrow,
+            "same = in_common(below.tokens, tokens)",
+            "same = min(in_common(below.tokens, tokens) + 1, len(below.tokens), len(tokens))",
+        ),
+    ),
+    fault(
+        "a request does not count on what it takes over of another's prompt",
+        "kit_greedy",
+        "conservation",
+        edit(Prefixes.borrow, "prefix.users += 1", "pass"),
+    ),
+    fault(
+        "a piece of a prompt that two have run keeps both its slots",
+        "kit_greedy",
+        "conservation",
+        edit(Lane._give, "for slot in twice:", "for slot in ():"),
+    ),
+    fault(
+        "a path is read where it lay before its prompt was found in the tree",
+        "kit_recall",
+        "batch_invariance",
+        edit(Lane._keep, "self.forget_trail(node)", "pass"),
+        texts=[[1, 1, 1, 1], [0, 0, 0, 0]],
     ),
     fault(
         "a slot that was freed still belongs to its node",
@@ -364,8 +394,8 @@ SLOTS = (
         "cost",
         edit(
             Scheduler.share,
-            "list(dict.fromkeys(branch.node for branch in live.branches if branch.held is None))",
-            "[branch.node for branch in live.branches if branch.held is None]",
+            "list(dict.fromkeys([*(branch.node for branch in live.branches if branch.held is None), *drafts]))",
+            "[*(branch.node for branch in live.branches if branch.held is None), *drafts]",
         ),
     ),
     fault(

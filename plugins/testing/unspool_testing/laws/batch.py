@@ -13,7 +13,7 @@ from unspool.request import PreparedRequest, Result
 from unspool_testing.case import Asked, Case, Model, circumstances
 from unspool_testing.compare import difference
 from unspool_testing.driver import alone, drive
-from unspool_testing.generators import models, neighbours, requests, schedules
+from unspool_testing.generators import beginning_alike, models, neighbours, requests, schedules
 from unspool_testing.known import Known, Spec
 from unspool_testing.law import Broken, Law, check_of, lawful_end
 from unspool_testing.parameters import parameters
@@ -26,7 +26,7 @@ def _cases(draw: st.DrawFn, subject: Subject) -> Case:
     first = draw(requests(subject, model))
     count = draw(st.integers(0, 2))
     others = [draw(requests(subject, model, pipeline=draw(siblings(subject, model, first)))) for _ in range(count)]
-    asked = (first, *others, *draw(neighbours(subject, model)))
+    asked = draw(beginning_alike(subject, (first, *others, *draw(neighbours(subject, model)))))
     return Case(subject=subject.name, model=model, requests=asked, schedule=draw(schedules(len(asked))))
 
 

@@ -11,7 +11,7 @@ from unspool.request import PreparedRequest
 from unspool_testing.case import Case, circumstances
 from unspool_testing.compare import TOLERANCE
 from unspool_testing.driver import drive
-from unspool_testing.generators import models, neighbours, networks, requests, schedules
+from unspool_testing.generators import beginning_alike, models, neighbours, networks, requests, schedules
 from unspool_testing.known import Known
 from unspool_testing.law import Broken, Law, check_of, lawful_end
 from unspool_testing.networks import tiny_model
@@ -26,7 +26,7 @@ def _cases(draw: st.DrawFn, subject: Subject) -> Case:
     return Case(
         subject=subject.name,
         model=model,
-        requests=(asked, *draw(neighbours(subject, model, most=1))),
+        requests=draw(beginning_alike(subject, (asked, *draw(neighbours(subject, model, most=1))))),
         schedule=draw(schedules(2)),
     )
 

@@ -12,7 +12,7 @@ from unspool.request import PreparedRequest, Result
 from unspool_testing.case import Case, circumstances
 from unspool_testing.compare import with_pipeline, with_plugin
 from unspool_testing.driver import drive
-from unspool_testing.generators import bears, models, neighbours, requests, schedules
+from unspool_testing.generators import bears, beginning_alike, models, neighbours, requests, schedules
 from unspool_testing.known import Known
 from unspool_testing.law import Broken, Law, check_of
 from unspool_testing.runners import MisbehavingRunner
@@ -23,7 +23,7 @@ from unspool_testing.subject import Subject
 def _cases(draw: st.DrawFn, subject: Subject) -> Case:
     model = draw(models())
     asked = [draw(requests(subject, model)) for _ in range(draw(st.integers(1, 2)))]
-    everybody = (*asked, *draw(neighbours(subject, model, most=1)))
+    everybody = draw(beginning_alike(subject, (*asked, *draw(neighbours(subject, model, most=1)))))
     bear = not subject.drafts and all(bears(subject.known, one, "kit_chains") for one in everybody)
     return Case(
         subject=subject.name,
@@ -94,8 +94,8 @@ def check_conservation(case: Case, known: Known) -> None:
 
 CONSERVATION = Law(
     "conservation",
-    "Between two steps every cache slot, node and state belongs to somebody who needs it, and when all requests have "
-    "ended, failed or been cancelled, everything is free.",
+    "Between two steps every cache slot, node and state belongs to somebody who needs it, or to a prompt that is kept "
+    "until somebody does, and when all requests have ended, failed or been cancelled, everything is free.",
     "A slot that leaks is lost until the server restarts; one that is freed twice is given to two requests, and both "
     "texts are wrong. It is the core that keeps the books. A plugin breaks them by calling what it must not, and its "
     "own by an `open` without a `close`.",

@@ -36,7 +36,7 @@ def check_cost(case: Case, known: Known) -> None:
     def look(loop: Loop) -> None:
         nonlocal most_slots, comes_back
         comes_back = comes_back or any(_stays_above(loop, live) for live in loop.scheduler.running)
-        most_slots = max(most_slots, loop.main.cache.pool.size - loop.main.cache.pool.free)
+        most_slots = max(most_slots, loop.main.cache.pool.size - loop.main.cache.free)
         streams.update(branch.stream for live in loop.scheduler.running for branch in live.branches)
 
     room = Circumstances(slots=4096, token_budget=4096)
