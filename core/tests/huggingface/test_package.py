@@ -77,6 +77,15 @@ def passes(runner: HuggingFaceRunner) -> list[Output]:
     ]
 
 
+def test_weights_are_read_only_where_packages_of_their_setting_are(
+    gemma: HuggingFaceRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = HuggingFaceRunner(tiny_model("llama", torch.float32)).subject
+    assert gemma.subject.made() == list(KINDS)
+    monkeypatch.setattr(package.Subject, "name", property(lambda subject: pytest.fail("all weights were read")))
+    assert other.made() == []
+
+
 def test_packages_give_what_the_models_own_code_gives(gemma: HuggingFaceRunner) -> None:
     own = passes(HuggingFaceRunner(tiny_model("gemma2", torch.float32), compiled=False))
     for compiled, expected in zip(passes(gemma), own, strict=True):

@@ -34,6 +34,16 @@ def test_projections_of_one_input_are_joined_and_keep_their_weights() -> None:
     assert all(torch.equal(after[name], value) for name, value in weights.items())
 
 
+def test_joined_projections_that_are_packed_keep_the_weights_that_the_model_has() -> None:
+    model = tiny_model("llama", dtype=torch.float32)
+    if projections.packing(torch.float32) is None:
+        pytest.skip("oneDNN is not there")
+    places = {name: weight.data_ptr() for name, weight in model.state_dict().items()}
+    quicken(model)
+    assert isinstance(model.get_submodule("model.layers.0.self_attn.q_proj"), Part)
+    assert {name: weight.data_ptr() for name, weight in model.state_dict().items()} == places
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("able", [None, (), (torch.float32,)])
 def test_weights_are_packed_within_rounding_in_what_the_processor_multiplies(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,15 @@ if TYPE_CHECKING:
 
 def load_engine(defaults: Defaults) -> Engine:
     """Load the model that `defaults` names, telling so where stderr is a terminal."""
+    gc.disable()  # all that is imported and loaded here stays: to look for garbage in it takes half a second
+    try:
+        return _load(defaults)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def _load(defaults: Defaults) -> Engine:
     from rich.console import Console
 
     told = logging.getLogger("unspool.huggingface")

@@ -7,18 +7,24 @@ is written beside its place and renamed into it, so that it is whole or absent, 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import logging
 import shutil
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import torch
 import transformers
 from gguf import GGUFReader
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -31,6 +37,7 @@ _FORMAT = 1
 """Raised when a conversion must not be used any more."""
 _CHUNK = 1 << 20
 _STALE_S = 24 * 3600
+_READING = threading.Lock()
 # These vocabularies were learnt with every digit apart. transformers reads them as GPT-2's, in which digits join a
 # space before them and each other.
 _DIGITS_APART = {"smollm", "starcoder", "refact", "command-r"}
@@ -108,7 +115,48 @@ def _whole(folder: Path) -> bool:
     return True
 
 
+class _Reader(GGUFReader):
+    """Reads a file through a plain array: it cuts half a million pieces, and of a memory map each takes 10 us more."""
+
+    def _get_data(self) -> NDArray[np.uint8]:
+        return self._data
+
+    def _set_data(self, mapped: NDArray[np.uint8]) -> None:
+        self._data = np.asarray(mapped)
+
+    data: Any = property(_get_data, _set_data)
+
+
+@contextlib.contextmanager
+def _read_once() -> Iterator[None]:
+    """Have transformers read a file and list the names of its weights once.
+
+    Left to itself it reads all metadata for the config, again for the weights and again for the tokenizer, and makes
+    the list of names for each module of the model.
+    """
+    package: Any = gguf
+    with _READING:
+        read, list_names = package.GGUFReader, package.get_tensor_name_map
+        package.GGUFReader, package.get_tensor_name_map = functools.cache(_Reader), functools.cache(list_names)
+        try:
+            yield
+        finally:
+            package.GGUFReader, package.get_tensor_name_map = read, list_names
+
+
 def _convert(file: Path, folder: Path) -> None:
+    with _read_once():
+        model, tokenizer, split = _read(file)
+    if split in _DIGITS_APART:
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _read(file: Path) -> tuple[Any, Any, str]:
+    """Give the model in float32, the tokenizer as transformers makes it, and the way of splitting text by its name."""
     try:
         source, name = str(file.parent), file.name
         # Left to itself, transformers may keep the weights packed and compute on them as they are.
@@ -116,6 +164,7 @@ def _convert(file: Path, folder: Path) -> None:
         settings: dict[str, Any] = {} if packed is None else {"quantization_config": packed(dequantize=True)}
         model = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32, **settings)
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
+        field = gguf.GGUFReader(str(file)).fields.get("tokenizer.ggml.pre")
     except ImportError as error:
         raise ModelError(f"{file} needs another package to be read: {error}") from error
     except Exception as error:
@@ -127,15 +176,4 @@ def _convert(file: Path, folder: Path) -> None:
     model.__dict__["is_quantized"] = False
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    if _split(file) in _DIGITS_APART:
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def _split(file: Path) -> str:
-    """Read which way of splitting text a GGUF file names."""
-    field = GGUFReader(file).fields.get("tokenizer.ggml.pre")
-    return str(field.contents()) if field is not None else ""
+    return model, tokenizer, "" if field is None else str(field.contents())

@@ -100,19 +100,31 @@ class Subject:
         return list(dict.fromkeys(layer.window for layer in self.layers))
 
     @functools.cached_property
-    def name(self) -> str:
-        """Name these weights, this code and this machine: nothing else may run its packages."""
+    def setting(self) -> str:
+        """Name this config, this code and this machine."""
         digest = hashlib.sha256(f"{_FORMAT} {_OPTIONS} {kernel.path().name} {transformers.__version__}".encode())
         config = {**self.model.config.to_dict(), "_name_or_path": None}  # wherever it was loaded from
         digest.update(f"{torch.get_num_threads()} {self.layers} {json.dumps(config, default=str)}".encode())
+        return digest.hexdigest()[:16]
+
+    @functools.cached_property
+    def name(self) -> str:
+        """Name these weights in this setting: nothing else may run its packages. It takes a second a gigabyte."""
+        digest = hashlib.sha256()
         for name, weight in self.model.state_dict().items():
             digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
             digest.update(weight.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
-        return digest.hexdigest()[:24]
+        return f"{self.setting}-{digest.hexdigest()[:24]}"
 
     def path(self, kind: Kind) -> Path:
         """Give where a package is, or would be."""
         return kernel.cache_folder() / f"{self.name}-{kind.name}.pt2"
+
+    def made(self) -> list[Kind]:
+        """List the packages that are there. The weights are read only where others of their setting are."""
+        if not any(kernel.cache_folder().glob(f"{self.setting}-*.pt2")):
+            return []
+        return [kind for kind in KINDS if self.path(kind).is_file()]
 
 
 class Package:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import mmap
+import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,7 +91,19 @@ class Pool:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Make zeros. In main memory the system gives the pages as they are first written: torch would touch them all."""
+    """Make zeros. In main memory the system gives the pages as they are first written, small ones.
+
+    torch would touch them all. numpy asks for pages of 2 MB: a prompt writes a little of every head of every layer, and
+    the system zeroes a whole page for each, which takes longer than the first pass.
+    """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
+    size = math.prod(shape) * dtype.itemsize
+    if sys.platform == "win32":
+        room = mmap.mmap(-1, size)
+    else:
+        room = mmap.mmap(-1, size, mmap.MAP_PRIVATE)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        with suppress(OSError):  # a system that has none
+            room.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(room, dtype=dtype).view(shape)

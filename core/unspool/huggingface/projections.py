@@ -50,7 +50,7 @@ class Joint:
 
 
 class Part(nn.Module):
-    """One projection among several of the same input. `weight` is a view into the joint weight."""
+    """One projection among several of the same input. Its `weight` is kept, for whoever reads it."""
 
     def __init__(self, linear: nn.Linear, joint: Joint, start: int) -> None:
         super().__init__()
@@ -64,17 +64,18 @@ class Part(nn.Module):
 
 
 class Packed(nn.Module):
-    """A linear layer whose weight lies as oneDNN wants it. `weight` is kept, for whoever reads it.
+    """A linear layer whose weight lies as oneDNN wants it.
 
     Args:
         weight: `[out, in]`.
         bias: `[out]`, or None.
         dtype: in which it multiplies.
+        keep: keep `weight` as it is too, for whoever reads it.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, *, keep: bool = True) -> None:
         super().__init__()
-        self.weight, self.bias = nn.Parameter(weight, requires_grad=False), bias
+        self.weight, self.bias = nn.Parameter(weight, requires_grad=False) if keep else None, bias
         self.out_features, self.in_features = weight.shape
         self._dtype = dtype
         self._bias = None if bias is None else bias.detach().to(dtype)
@@ -174,7 +175,7 @@ def _joined(linears: Sequence[nn.Linear], packs: torch.dtype | None) -> list[Par
     bias = None if biases[0] is None else nn.Parameter(torch.cat([b.data for b in biases]), requires_grad=False)
     whole = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
     whole.weight, whole.bias = nn.Parameter(weight, requires_grad=False), bias
-    project = whole if packs is None else Packed(weight, bias, packs)
+    project = whole if packs is None else Packed(weight, bias, packs, keep=False)
     joint, parts, start = Joint(project, len(linears)), [], 0
     for linear in linears:
         part = Part(linear, joint, start)
@@ -184,7 +185,7 @@ def _joined(linears: Sequence[nn.Linear], packs: torch.dtype | None) -> list[Par
     if not all(_close(linear(x), part(x)) for linear, part in zip(linears, parts, strict=True)):
         return []
     start = 0
-    for part in parts:  # keep the weights once, not twice
+    for part in parts if packs is None else ():  # keep the weights once, not twice
         end = start + part.out_features
         part.weight = nn.Parameter(weight[start:end], requires_grad=False)
         if bias is not None:

@@ -127,7 +127,7 @@ class HuggingFaceRunner:
         """Use all that has been compiled for it from the next pass on, and say whether nothing is missing."""
         self._kernel = kernel.available()
         subject = self.subject
-        made = [kind for kind in KINDS if self._kernel and subject.path(kind).is_file()]
+        made = subject.made() if self._kernel else []
         if sum(subject.path(kind).stat().st_size for kind in made) < self.free_bytes() // 2:
             self._packages = [found for kind in made if (found := package.loaded(subject, kind))]
         return len(self._packages) == len(KINDS)
