@@ -119,7 +119,7 @@ class Rejection(Plugin):
             rows, nodes, logits = rows[alive], nodes[alive], logits[alive]
             if not len(rows):
                 return
-            tokens = draw(logits, _keys(step, rows, depth, "draft"))
+            tokens = noise.draw(logits, _keys(step, rows, depth, "draft"))
             q = logits.to(torch.float64).softmax(dim=-1)
             for row, node, token, each in zip(rows.tolist(), nodes.tolist(), tokens.tolist(), q, strict=True):
                 yield row, node, (token, each)
@@ -162,7 +162,7 @@ class Rejection(Plugin):
             rejected[at] = ~accepts(_of(p, x), _of(q, x), noise.uniform(_keys(step, at, 0, "accept")))
             weights = logits.index_copy(0, at, residual(p, q).log().to(logits.dtype))
         fresh = rejected.nonzero().squeeze(1)
-        token[fresh] = draw(weights[fresh], _keys(step, fresh, 0, "sample"))
+        token[fresh] = noise.draw(weights[fresh], _keys(step, fresh, 0, "sample"))
         return Growth(row=rows, token=token, waits=rejected)  # its own chain has ended, whosever drafts stand there
 
 
@@ -194,11 +194,6 @@ def residual(p: Tensor, q: Tensor) -> Tensor:
     """
     left = (p - q).clamp(min=0)
     return left.where(left.sum(dim=-1, keepdim=True) > 0, p)
-
-
-def draw(logits: Tensor, keys: Tensor) -> Tensor:
-    """Draw a token from each distribution `[n, vocab]` with the noise of `[n]` keys, as `sample` does."""
-    return (logits + noise.gumbel(keys, logits.shape[-1], logits.dtype)).argmax(dim=-1)
 
 
 def _keys(step: Step, rows: Tensor, depth: int, purpose: str) -> Tensor:
