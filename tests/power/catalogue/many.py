@@ -20,7 +20,7 @@ FAULTS: tuple[Fault, ...] = (
         "best of n draws all samples with the noise of the first row",
         "best_of",
         "batch_invariance",
-        edit(Draws.select, 'step.gumbel("sample")', 'step.gumbel("sample")[:1]'),
+        edit(Draws.select, 'step.sample("sample", logits)', '(logits + step.gumbel("sample")[:1]).argmax(dim=-1)'),
     ),
     fault(
         "samples of equal merit come in the order in which they ended",

@@ -21,7 +21,7 @@ FAULTS: tuple[Fault, ...] = (
         "statelessness",
         edit(
             Sample.select,
-            'token = (logits + step.gumbel("sample")).argmax(dim=-1)',
+            'token = step.sample("sample", logits)',
             "token = logits.softmax(dim=-1).multinomial(1).squeeze(-1)",
         ),
     ),
@@ -35,7 +35,7 @@ FAULTS: tuple[Fault, ...] = (
         "noise is added to probabilities instead of logits",
         "sample",
         "distribution",
-        edit(Sample.select, '(logits + step.gumbel("sample"))', '(logits.softmax(dim=-1) + step.gumbel("sample"))'),
+        edit(Sample.select, 'step.sample("sample", logits)', 'step.sample("sample", logits.softmax(dim=-1))'),
     ),
     fault(
         "the inverse of the distribution is read one token early",
@@ -48,13 +48,13 @@ FAULTS: tuple[Fault, ...] = (
         "top-p drops the token that reaches the mass",
         "top_p",
         "reference",
-        edit(TopP.logits_transform, "order[:, 1:], beyond[:, :-1]", "order, beyond"),
+        edit(TopP.logits_transform, ("held(places)[:, :-1]", "held(places)"), ("ranked[:, 1:]", "ranked")),
     ),
     fault(
         "top-p counts a token's own mass as if it came before it",
         "top_p",
         "reference",
-        edit(TopP.logits_transform, "order[:, 1:], beyond[:, :-1]", "order[:, 1:], beyond[:, 1:]"),
+        edit(TopP.logits_transform, "held(places)[:, :-1]", "held(places)[:, 1:]"),
     ),
     fault(
         "top-k keeps one token more",
@@ -72,8 +72,8 @@ FAULTS: tuple[Fault, ...] = (
         "reference",
         edit(
             TopK.logits_transform,
-            "keep = above | (tied & (tied.cumsum(dim=-1, dtype=torch.int32) <= room))",
-            "keep = above | tied",
+            "logits.fill_(-torch.inf).scatter_(-1, places, values.masked_fill_(beyond, -torch.inf))",
+            "logits.masked_fill_(logits < values.masked_fill_(beyond, torch.inf).amin(-1, keepdim=True), -torch.inf)",
         ),
     ),
     fault(
@@ -82,7 +82,7 @@ FAULTS: tuple[Fault, ...] = (
         "batch_invariance",
         edit(
             TopK.logits_transform,
-            'k = step.values(self, "k").to(logits.device, torch.int64).clamp(max=widest).unsqueeze(-1)',
+            'k = step.values(self, "k").to(logits.device).unsqueeze(-1)',
             "k = torch.full((len(logits), 1), widest)",
         ),
     ),
