@@ -168,7 +168,8 @@ class ModelSettings(_Closed):
     quantization: Quantization | None = Field(default=None, description="How the weights are quantized at load.")
     compile: Annotated[Literal["off", "auto", "on"], BeforeValidator(_switch)] = Field(
         default="auto",
-        description="Machine code made for this model: auto uses what `unspool compile` or a long run has made.",
+        description="Machine code made for this model: auto uses what `unspool compile` or a long run has made. "
+        "On a GPU, on runs CUDA graphs.",
     )
     revision: str | None = Field(default=None, description="A branch, tag or commit on the hub.")
     trust_remote_code: bool = Field(

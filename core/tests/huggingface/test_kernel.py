@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,6 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from unspool.errors import ModelError
@@ -21,6 +18,7 @@ from unspool.huggingface.plan import Plan
 from unspool.huggingface.pool import Layer, Pool
 from unspool.huggingface.table import TablePlan
 from unspool.runner import Batch, Span
+from unspool_testing.batches import RandomBatch, random_batches
 from unspool_testing.networks import ARCHITECTURES, tiny_model
 
 pytestmark = pytest.mark.skipif(kernel.compiler() is None, reason="no C++ compiler")
@@ -37,99 +35,11 @@ def built() -> None:
     assert kernel.available()
 
 
-class Case:
-    """A pool with something in it, and a random batch over it."""
-
-    def __init__(self, seed: int, layer: Layer, heads: int, **settings: Any) -> None:
-        self.random = np.random.default_rng(seed)
-        self.layer, self.heads, self.settings = layer, heads, settings
-        self.size = int(self.random.choice([400, 2500]))
-        self.unused = self.random.permutation(self.size // 20) * 20  # stretches of 20 slots
-        self.spans: list[Span] = []
-        self.columns: list[list[NDArray[np.int64]]] = []
-        self.tokens = 0
-        shared = self.slots(self.size // 8)
-        while self.tokens == 0 or (len(self.unused) > 1 and self.random.random() < 0.7):
-            kind = self.random.choice(["step", "chunk", "tree", "sharer"])
-            if kind == "tree":
-                self.tree(int(self.random.integers(2, 40)))
-            else:
-                count = 1 if kind == "step" else int(self.random.integers(1, 60))
-                own = self.slots(count + int(self.random.integers(0, self.size // 12)))
-                self.chain(np.concatenate([shared, own]) if kind == "sharer" else own, min(count, len(own)))
-
-    def slots(self, count: int) -> NDArray[np.int64]:
-        stretches, self.unused = np.split(self.unused, [min(len(self.unused), -(-count // 20))])
-        if self.random.random() < 0.5:
-            stretches = np.sort(stretches)
-        return (stretches[:, None] + np.arange(20)).ravel()[: max(1, count)]
-
-    def chain(self, slots: NDArray[np.int64], count: int) -> None:
-        consecutive = bool((np.diff(slots) == 1).all())
-        context: Any = slice(int(slots[0]), int(slots[-1]) + 1) if consecutive else slots
-        self.spans.append(Span(self.tokens, count, context))
-        self.add(np.arange(len(slots) - count, len(slots)), slots[len(slots) - count :])
-
-    def tree(self, count: int) -> None:
-        slots = self.slots(count + 30)
-        count = min(count, len(slots) - 1)
-        below = len(slots) - count
-        mask = np.zeros((count, len(slots)), dtype=np.bool_)
-        mask[:, :below] = True
-        depth = np.zeros(count, dtype=np.int64)
-        for node in range(count):
-            parent = int(self.random.integers(-1, node))
-            if parent >= 0:
-                mask[node], depth[node] = mask[parent], depth[parent] + 1
-            mask[node, below + node] = True
-        context: Any = slots
-        if (np.diff(slots) == 1).all():
-            context = slice(int(slots[0]), int(slots[-1]) + 1)
-        self.spans.append(Span(self.tokens, count, context, mask))
-        self.add(below + depth, slots[below:])
-
-    def add(self, positions: NDArray[np.int64], slots: NDArray[np.int64]) -> None:
-        self.columns.append([positions, slots])
-        self.tokens += len(slots)
-
-    def outputs(self, plan: type[Plan] | type[TablePlan]) -> tuple[Tensor, Pool]:
-        """Attend by the kernel, or by plain torch in float32 on the same numbers."""
-        generator = torch.Generator().manual_seed(0)
-        dtype = self.layer.dtype if plan is TablePlan else torch.float32
-
-        def some(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator).to(self.layer.dtype).to(dtype)
-
-        pool = Pool([dataclasses.replace(self.layer, dtype=dtype)], self.size, torch.device("cpu"))
-        (group, _), layer, n = pool.places[0], self.layer, self.tokens
-        group.keys.copy_(some(*group.keys.shape))
-        group.values.copy_(some(*group.values.shape))
-        for span in self.spans:  # what lies before each token holds its own position
-            pool.positions[span.context] = np.arange(span.context_length)
-        positions, slots = (np.concatenate(column) for column in zip(*self.columns, strict=True))
-        batch = Batch(slots, positions, slots, self.spans, slots)
-        query = some(1, n, self.heads, layer.key_width).transpose(1, 2)
-        key, value = some(1, layer.kv_heads, n, layer.key_width), some(1, layer.kv_heads, n, layer.value_width)
-        return plan(pool, batch).attend(Call(nn.Module(), query, key, value, None, self.settings)), pool
-
-
-@given(st.integers(0, 10**9), st.data())
+@given(random_batches([*CLOSE]))
 @settings(max_examples=150, deadline=None)
-def test_the_kernel_gives_what_plain_torch_gives(seed: int, data: st.DataObject) -> None:
-    dtype = data.draw(st.sampled_from([*CLOSE]))
-    kv_heads, group = data.draw(st.sampled_from([(1, 1), (2, 3), (3, 1), (1, 8)]))
-    widths = data.draw(st.sampled_from([(8, 8), (64, 64), (20, 12), (7, 5), (80, 48)]))
-    window = data.draw(st.sampled_from([None, None, 1, 7, 100]))
-    sinks = torch.linspace(-1, 2, kv_heads * group).to(dtype) if data.draw(st.booleans()) else None
-    case = Case(
-        seed,
-        Layer(kv_heads, *widths, dtype, window),
-        kv_heads * group,
-        scaling=data.draw(st.sampled_from([None, 0.3])),
-        softcap=data.draw(st.sampled_from([None, 2.0])),
-        s_aux=sinks,
-    )
-    (one, one_pool), (two, two_pool) = case.outputs(TablePlan), case.outputs(Plan)
+def test_the_kernel_gives_what_plain_torch_gives(case: RandomBatch) -> None:
+    dtype = case.layer.dtype
+    (one, one_pool), (two, two_pool) = case.outputs(TablePlan, dtype), case.outputs(Plan, torch.float32)
     torch.testing.assert_close(one, two.to(dtype), **CLOSE[dtype])
     for (ours, _), (theirs, _) in zip(one_pool.places, two_pool.places, strict=True):
         assert torch.equal(ours.keys, theirs.keys.to(dtype))
@@ -142,10 +52,11 @@ def test_long_contexts_are_read_in_pieces_and_merged(threads: int, length: int) 
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        case = Case(0, Layer(2, 16, 16, torch.float32), 4)
-        case.spans, case.columns, case.tokens, case.size = [], [], 0, length
+        case = RandomBatch(0, Layer(2, 16, 16, torch.float32), 4)
+        case.clear(length)
         case.chain(np.arange(length), 40)
-        torch.testing.assert_close(case.outputs(TablePlan)[0], case.outputs(Plan)[0], **CLOSE[torch.float32])
+        (one, _), (two, _) = (case.outputs(plan, torch.float32) for plan in (TablePlan, Plan))
+        torch.testing.assert_close(one, two, **CLOSE[torch.float32])
     finally:
         torch.set_num_threads(before)
 
@@ -185,8 +96,8 @@ def test_every_architecture_runs_by_the_kernel_as_it_does_without(arch: str) -> 
 
 
 def test_nan_in_one_request_stays_there() -> None:
-    case = Case(3, Layer(2, 16, 16, torch.float32), 4)
-    case.spans, case.columns, case.tokens, case.size = [], [], 0, 400
+    case = RandomBatch(3, Layer(2, 16, 16, torch.float32), 4)
+    case.clear(400)
     case.chain(np.arange(0, 100), 1)
     case.chain(np.arange(200, 330), 3)
     pool = Pool([case.layer], 400, torch.device("cpu"))

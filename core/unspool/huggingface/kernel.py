@@ -1,7 +1,8 @@
 """The attention kernel: a C++ operator, built once for a machine and a release of torch, kept in the user's cache.
 
 It reads keys and values where they lie in the pool, any path of any tree, and a prefix that many paths share once for
-all of them (`attention.cpp`). Where there is no C++ compiler, or on a GPU, attention is plain torch (`plan.py`).
+all of them (`attention.cpp`). Where there is no C++ compiler, or on a GPU, attention is plain torch (`plan.py`); a
+GPU may use `flex.py`.
 """
 
 from __future__ import annotations

@@ -137,7 +137,7 @@ class Package:
     """
 
     def __init__(self, path: Path, subject: Subject, kind: Kind) -> None:
-        self.kind = kind
+        self.kind, self.name = kind, kind.name
         compiled: Any = torch._inductor.aoti_load_package(str(path), run_single_threaded=True)
         self._run, self._windows = compiled.loader.run, subject.windows
 

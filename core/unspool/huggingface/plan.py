@@ -257,7 +257,7 @@ class _Share:
             seen = seen & (own[:, None] - self._pool.positions[context][None, :] < window)
         elif seen is None:
             first = length - min(length, self._seen(span) + span.count - 1)  # the first that any of its tokens sees
-            context = _cut(context, first)
+            context = cut(context, first)
             if span.count > 1 and (length > span.count or span.count > self._seen(span)):
                 seen = _chain(span.count, length - first, window)
         if seen is not None and span.mask is not None and span.count * self._heads <= _FEW_ROWS:
@@ -276,7 +276,7 @@ class _Share:
         contexts = np.empty((len(spans), longest), dtype=np.int64)
         for row, span in zip(contexts, spans, strict=True):
             length = self._seen(span)
-            context = _cut(span.context, span.context_length - length)
+            context = cut(span.context, span.context_length - length)
             row[:length] = np.arange(context.start, context.stop) if isinstance(context, slice) else context
             row[length:] = row[length - 1]
         seen = np.arange(longest)[None, :] < lengths[:, None]
@@ -297,7 +297,8 @@ class _Share:
         return torch.as_tensor(array, device=self._pool.device)
 
 
-def _cut(context: slice | NDArray[np.int64], first: int) -> slice | NDArray[np.int64]:
+def cut(context: slice | NDArray[np.int64], first: int) -> slice | NDArray[np.int64]:
+    """Leave out so many slots at the beginning of a context."""
     if isinstance(context, slice):
         return slice(context.start + first, context.stop)
     return context[first:]

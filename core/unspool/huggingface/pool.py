@@ -80,6 +80,11 @@ class Pool:
         """The keys of every layer, then the values of every layer, each `[1, kv heads, slots, width]`."""
         self._spoilt = torch.zeros((), dtype=torch.bool, device=device)
 
+    @property
+    def windows(self) -> list[int | None]:
+        """Give the windows that its layers have, each once."""
+        return list(dict.fromkeys(group.layer.window for group, _ in self.places))
+
     def look_at(self, logits: Tensor) -> None:
         """Note whether a row of a pass, `[m, vocab]`, is NaN: so may its keys and values be, wherever they lie."""
         self._spoilt |= logits[:, 0].isnan().any()

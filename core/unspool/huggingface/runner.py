@@ -8,11 +8,12 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,14 +22,36 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from unspool.errors import ModelError
-from unspool.huggingface import attention, kernel, memory, package, probe
+from unspool.huggingface import attention, flex, kernel, memory, package, probe
 from unspool.huggingface import survey as surveys
+from unspool.huggingface.attention import Attends
 from unspool.huggingface.compiler import Compiler
-from unspool.huggingface.package import KINDS, Package, Subject
+from unspool.huggingface.flex import FlexPlan
+from unspool.huggingface.graphs import Graphs
+from unspool.huggingface.package import KINDS, Subject
 from unspool.huggingface.plan import Plan
 from unspool.huggingface.pool import Pool
 from unspool.huggingface.table import TablePlan
 from unspool.runner import Batch, Output
+
+_log = logging.getLogger(__name__)
+
+
+class Made(Protocol):
+    """Passes that were made ready for this model: packages, or graphs."""
+
+    @property
+    def name(self) -> str:
+        """Name them."""
+        ...
+
+    def takes(self, batch: Batch) -> bool:
+        """Say whether it can run a batch."""
+        ...
+
+    def run(self, pool: Pool, batch: Batch) -> Output:
+        """Run one packed pass."""
+        ...
 
 
 class HuggingFaceRunner:
@@ -37,12 +60,14 @@ class HuggingFaceRunner:
     Args:
         model: a causal language model, on its device.
         compiled: use what has been compiled for this machine, such as the attention kernel, where it can be used.
+        graphs: attend by FlexAttention, and run steps as CUDA graphs. It is for a GPU; elsewhere the same code runs
+            uncompiled and unrecorded, which is slow, and good for tests.
 
     Raises:
         ModelError: it cannot be run packed, or does not then give what it gives by itself; with the reason.
     """
 
-    def __init__(self, model: PreTrainedModel, *, compiled: bool = True) -> None:
+    def __init__(self, model: PreTrainedModel, *, compiled: bool = True, graphs: bool = False) -> None:
         model.train(False)
         self._model = model
         self._device = model.device
@@ -61,13 +86,14 @@ class HuggingFaceRunner:
             self._window = _window(text)
             self._shallow: dict[int, PreTrainedModel] = {}
             self._pool: Pool | None = None
-            self._packages: Sequence[Package] = ()
+            self._made: Sequence[Made] = ()
             self.compiler: Compiler | None = None
             """Compiles the model when it has computed for long enough, if that is wanted and was not done before."""
-            self._kernel = compiled and self.can_compile and kernel.available()
+            self._flex = graphs and self._can_flex()
+            self._kernel = compiled and not self._flex and self.can_compile and kernel.available()
             probe.compare(self, model)
             self._digest = _digest(model)
-            self._pool = None
+            self._free()
         except Exception as error:
             model.set_attn_implementation(own)
             reason = str(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {error}"
@@ -115,8 +141,10 @@ class HuggingFaceRunner:
 
     @property
     def compiled(self) -> Sequence[str]:
-        """Name what runs as machine code made for it: `attention`, and passes of `one`, `few` and `many` tokens."""
-        return [*(["attention"] if self._kernel else []), *(found.kind.name for found in self._packages)]
+        """Name what runs as code made for it: `attention`, passes of `one`, `few` and `many` tokens; `graphs`."""
+        if self._flex:
+            return ["attention", Graphs.name]
+        return [*(["attention"] if self._kernel else []), *(made.name for made in self._made)]
 
     @property
     def subject(self) -> Subject:
@@ -129,8 +157,8 @@ class HuggingFaceRunner:
         subject = self.subject
         made = subject.made() if self._kernel else []
         if sum(subject.path(kind).stat().st_size for kind in made) < self.free_bytes() // 2:
-            self._packages = [found for kind in made if (found := package.loaded(subject, kind))]
-        return len(self._packages) == len(KINDS)
+            self._made = [found for kind in made if (found := package.loaded(subject, kind))]
+        return len(self._made) == len(KINDS)
 
     def slot_bytes(self) -> int:
         """Bytes of keys and values that one slot takes."""
@@ -142,15 +170,22 @@ class HuggingFaceRunner:
 
     def allocate(self, slots: int) -> None:
         """Make (or remake) the pool of keys and values, all zero."""
+        self._free()
+        self._pool = Pool(self.layer_kinds, flex.room(slots) if self._flex else slots, self._device)
+        if self._flex:
+            self._made = [Graphs(self.subject, self._pool)]
+
+    def _free(self) -> None:
         self._pool = None
-        self._pool = Pool(self.layer_kinds, slots, self._device)
+        if self._flex:  # graphs hold the pool that they were recorded with
+            self._made = ()
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Output:
         """Run one packed pass, storing keys and values in the batch's slots."""
         assert self._pool is not None, "allocate before the first pass"
         start = time.monotonic()
-        made = next((found for found in self._packages if found.takes(batch)), None)
+        made = next((found for found in self._made if found.takes(batch)), None)
         output = self._eager(self._pool, batch) if made is None else made.run(self._pool, batch)
         self._pool.look_at(output.logits)
         if self.compiler is not None:
@@ -166,9 +201,21 @@ class HuggingFaceRunner:
                 position_ids=self._tensor(batch.positions)[None],
                 use_cache=False,
                 logits_to_keep=self._tensor(batch.wanted),
-                unspool=TablePlan(pool, batch) if self._kernel else Plan(pool, batch),
+                unspool=self._plan(pool, batch),
             )
         return Output(output.logits[0], hidden)
+
+    def _plan(self, pool: Pool, batch: Batch) -> Attends:
+        if self._flex:
+            return FlexPlan.of(pool, batch)
+        return TablePlan(pool, batch) if self._kernel else Plan(pool, batch)
+
+    def _can_flex(self) -> bool:
+        """Tell whether FlexAttention takes all layers; say so if not."""
+        why = flex.refusal(self.layer_kinds) if self._device.type == "cuda" else None
+        if why is not None:
+            _log.warning("the model runs without CUDA graphs: %s", why)
+        return why is None
 
     @torch.inference_mode()
     def head(self, hidden: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ class _Writer:
 
     def table(self) -> Table:
         chains = [span for span in self._batch.spans if span.mask is None]
-        contexts = [_stretches(span.context) for span in chains]
+        contexts = [stretches(span.context) for span in chains]
         if shared := self._shared(chains, contexts):
             contexts = [_without(context, shared.get(context[0][0], 0)) for context in contexts]
         for span, context in zip(chains, contexts, strict=True):
@@ -149,7 +149,7 @@ class _Writer:
             seen = seen & (own[:, None] - self._pool.positions[context][None, :] < self._window)
         tokens = np.arange(span.start, span.start + span.count)
         length = seen.shape[1]
-        self._part(tokens, 0, np.full(span.count, length), _stretches(context), length, self._mask_bytes)
+        self._part(tokens, 0, np.full(span.count, length), stretches(context), length, self._mask_bytes)
         self._masks.append(np.ascontiguousarray(seen).ravel())
         self._mask_bytes += seen.size
 
@@ -170,7 +170,7 @@ class _Writer:
         self._stretches += context
 
 
-def _stretches(context: slice | NDArray[np.int64]) -> Stretches:
+def stretches(context: slice | NDArray[np.int64]) -> Stretches:
     """Give a context as stretches (first slot, length)."""
     if isinstance(context, slice):
         return [(context.start, context.stop - context.start)]

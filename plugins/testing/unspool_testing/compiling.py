@@ -1,4 +1,4 @@
-"""Compiling for tests: into a folder of their own, and without the tuning that takes minutes."""
+"""Compiling for tests: into a folder of their own, without the tuning that takes minutes, or not at all."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from torch.nn.attention import flex_attention
 
 from unspool.huggingface import kernel, package
 
@@ -22,4 +23,12 @@ def untuned(cache: Path) -> Iterator[None]:
         kernel.cache_folder().mkdir(parents=True)
         (kernel.cache_folder() / built.name).symlink_to(built)
         patch.setattr(package, "_OPTIONS", UNTUNED)
+        yield
+
+
+@contextmanager
+def plain_flex() -> Iterator[None]:
+    """Run FlexAttention as plain torch, without compiling it for each shape."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
         yield
