@@ -86,7 +86,7 @@ def kept(plugin: Plugin, row: list[float], uniform: float = 0.0) -> list[int]:
 @st.composite
 def random_logits(draw: st.DrawFn) -> Tensor:
     """Rows without ties, some tokens forbidden, one allowed; float64, so that borders are not hit by chance."""
-    rows, vocab = draw(st.integers(1, 3)), draw(st.integers(1, 130))
+    rows, vocab = draw(st.integers(1, 3)), draw(st.integers(1, 130) | st.sampled_from([700, 3000]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     logits = torch.randn(rows, vocab, dtype=torch.float64, generator=generator) * draw(st.sampled_from([0.1, 1.0, 5.0]))
     banned = torch.rand(rows, vocab, generator=generator) < draw(st.sampled_from([0.0, 0.5, 0.95]))
@@ -241,6 +241,22 @@ def test_top_p_of_one_changes_nothing_not_even_tokens_that_underflow() -> None:
 def test_top_p_takes_equal_tokens_lowest_id_first_and_keeps_at_least_one() -> None:
     assert kept(build("top_p", p=0.5), [0.0, 0.0, 0.0, 0.0]) == [0, 1]
     assert kept(build("top_p", p=1e-6), [0.0, 3.0, 3.0]) == [1]
+
+
+@given(st.integers(0, 9), st.sampled_from([0.05, 0.3, 0.5, 0.9, 1.0]), st.sampled_from([2, 12, 500]))
+def test_top_p_takes_the_same_of_a_wide_vocabulary(seed: int, p: float, kinds: int) -> None:
+    logits = torch.randint(kinds, (2, 2000), generator=torch.Generator().manual_seed(seed)).double() * 4 / kinds
+    right = []
+    for row in logits.softmax(-1).tolist():
+        mass, taken = 0.0, set()
+        for token in sorted(range(2000), key=lambda t: (-row[t], t)):
+            if mass >= p and p < 1:
+                break
+            mass += row[token]
+            taken.add(token)
+        right.append(sorted(taken))
+    out = apply(build("top_p", p=p), logits)
+    assert [(row > -INF).nonzero().flatten().tolist() for row in out] == right
 
 
 def test_min_p_needs_a_fraction_of_the_best() -> None:
