@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 _TOLERANCES = {torch.float64: 1e-4, torch.float32: 2e-3}
 _HALF_TOLERANCE = 0.5
 _WINDOW_TRIED = 256
-_TRIED = 40
+_TRIED = 11
+_TRIED_BY_GRAPHS = 40
+"""So that a span is long enough for a large tile of `flex.py`."""
 
 
 def compare(runner: HuggingFaceRunner, model: PreTrainedModel) -> None:
@@ -37,7 +39,8 @@ def compare(runner: HuggingFaceRunner, model: PreTrainedModel) -> None:
     """
     windows = [layer.window for layer in runner.layer_kinds if layer.window and layer.window <= _WINDOW_TRIED]
     limit = runner.window or 2**62
-    long, short = min(max([_TRIED, *(window + 5 for window in windows)]), limit), min(6, limit)
+    least = _TRIED_BY_GRAPHS if "graphs" in runner.compiled else _TRIED
+    long, short = min(max([least, *(window + 5 for window in windows)]), limit), min(6, limit)
     if long < 4:
         return
     random = np.random.default_rng(0)
