@@ -34,6 +34,7 @@ from torch.nn.functional import one_hot
 
 from unspool import noise
 from unspool.hooks import Growth
+from unspool.noise import draw
 from unspool.plugin import Companion, Parameters, Plugin, hookimpl
 from unspool_speculative.prompt_lookup import PromptLookup, follow, longest_match
 
@@ -119,7 +120,7 @@ class Rejection(Plugin):
             rows, nodes, logits = rows[alive], nodes[alive], logits[alive]
             if not len(rows):
                 return
-            tokens = noise.draw(logits, _keys(step, rows, depth, "draft"))
+            tokens = draw(logits, _keys(step, rows, depth, "draft"))
             q = logits.to(torch.float64).softmax(dim=-1)
             for row, node, token, each in zip(rows.tolist(), nodes.tolist(), tokens.tolist(), q, strict=True):
                 yield row, node, (token, each)
@@ -162,7 +163,7 @@ class Rejection(Plugin):
             rejected[at] = ~accepts(_of(p, x), _of(q, x), noise.uniform(_keys(step, at, 0, "accept")))
             weights = logits.index_copy(0, at, residual(p, q).log().to(logits.dtype))
         fresh = rejected.nonzero().squeeze(1)
-        token[fresh] = noise.draw(weights[fresh], _keys(step, fresh, 0, "sample"))
+        token[fresh] = draw(weights[fresh], _keys(step, fresh, 0, "sample"))
         return Growth(row=rows, token=token, waits=rejected)  # its own chain has ended, whosever drafts stand there
 
 
