@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -461,6 +463,20 @@ def test_closing_ends_what_waits_and_runs_with_closed_and_plugins_hear_of_it() -
     assert Books.open_now == 0
     check_conservation(engine._loop)
     engine.close()
+
+
+def test_a_program_that_leaves_an_engine_at_work_ends_well() -> None:
+    code = (
+        "import time\n"
+        "from unspool import Engine, Request\n"
+        "from unspool_testing.table import TableModel\n"
+        "engine = Engine(TableModel(64), slots=9000)\n"
+        "handle = engine.submit(Request(prompt=[1], strategy='sample', max_new_tokens=8000, ignore_eos=True))\n"
+        "time.sleep(0.2)\n"
+        "assert not handle.done\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_closing_ends_a_run_that_waits_for_room() -> None:

@@ -9,6 +9,7 @@ In short:
 from __future__ import annotations
 
 import asyncio
+import atexit
 import dataclasses
 import importlib.metadata
 import itertools
@@ -17,6 +18,7 @@ import queue
 import secrets
 import threading
 import warnings
+import weakref
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -57,6 +59,15 @@ MAX_WAITING = 1024
 POOL_SHARE = 0.5
 """The part of the free memory that the pool of cache slots takes unless told otherwise."""
 _REQUEST_FIELDS = frozenset(f.name for f in dataclasses.fields(Request))
+_WORKING: weakref.WeakSet[Engine] = weakref.WeakSet()
+"""Engines that have a thread that steps."""
+
+
+@atexit.register
+def _close_all() -> None:
+    """Stop engines that nobody has closed: a thread that Python ends inside a tensor operation ends the process."""
+    for engine in list(_WORKING):
+        engine.close()
 
 
 class Engine:
@@ -459,6 +470,7 @@ class Engine:
             self._closed = True
             self._wake.notify_all()
             worker, self._worker = self._worker, None
+            _WORKING.discard(self)
         if worker is not None:
             worker.stop()
 
@@ -576,6 +588,7 @@ class Engine:
                 self._worker = self._worker or Worker()
                 self._worker.start(self._work)
                 self._working = True
+                _WORKING.add(self)
             self._wake.notify_all()
         return handle
 
