@@ -186,6 +186,20 @@ def test_the_probe_goes_by_recordings_and_by_large_tiles(recorded: Recorded, mon
     assert max(tiles) > 16
 
 
+def test_a_model_that_cannot_be_recorded_runs_and_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[graphs.Pass] = []
+    own = HuggingFaceRunner(tiny_model("llama"))
+    runner = HuggingFaceRunner(tiny_model("llama"), graphs=True)
+    monkeypatch.setattr(graphs, "_unrecorded", asked.append)  # gives None: it could not
+    for each in (own, runner):
+        each.allocate(SLOTS)
+    assert runner.compiled == ["attention", "graphs"]
+    for count in (3, 5, 3):
+        same(runner.forward(steps(count, 2)), own.forward(steps(count, 2)))
+    assert runner.compiled == ["attention"]
+    assert len(asked) == 1
+
+
 def test_a_recording_that_gives_other_logits_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(step: Callable[[], Output]) -> Callable[[], Output]:
         return lambda: Output(step().logits.roll(1, -1))
@@ -248,7 +262,7 @@ def test_on_a_gpu_a_pass_that_waits_for_it_runs_unrecorded(caplog: pytest.LogCap
 
     recorder = graphs.CudaRecorder()
     with torch.inference_mode():
-        play = recorder(waiting)
+        assert recorder(waiting) is None
         assert "cannot be recorded" in caplog.text
-        assert play().logits.tolist() == [4.0] * 4
+        assert waiting().logits.tolist() == [4.0] * 4
         assert torch.cuda.current_stream() == torch.cuda.default_stream()

@@ -3,10 +3,33 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+_STALE_S = 24 * 3600
+"""A draft that nobody has touched for so long was left by a process that was killed."""
 
 
 def folder(name: str) -> Path:
     """Give our folder of a name in the user's cache. It may not be there yet."""
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "unspool" / name
+
+
+@contextmanager
+def draft(place: Path) -> Iterator[Path]:
+    """Give a folder on the disk of `place` for what is being made, gone afterwards; move it to its place when whole.
+
+    Args:
+        place: the folder that what is made will be in. It is made if it is not there.
+    """
+    place.mkdir(parents=True, exist_ok=True)
+    for left in place.glob("draft-*"):
+        if time.time() - left.stat().st_mtime > _STALE_S:
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=place, prefix="draft-", ignore_cleanup_errors=True) as path:
+        yield Path(path)

@@ -11,10 +11,7 @@ import functools
 import hashlib
 import importlib.util
 import logging
-import shutil
-import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,7 +33,6 @@ _log = logging.getLogger(__name__)
 _FORMAT = 1
 """Raised when a conversion must not be used any more."""
 _CHUNK = 1 << 20
-_STALE_S = 24 * 3600
 _READING = threading.Lock()
 # These vocabularies were learnt with every digit apart. transformers reads them as GPT-2's, in which digits join a
 # space before them and each other.
@@ -65,18 +61,14 @@ def converted(file: Path) -> Path:
     place = _cache() / f"{_fingerprint(file)}-{_FORMAT}"
     if _whole(place):
         return place
-    place.parent.mkdir(parents=True, exist_ok=True)
-    for left in place.parent.glob("draft-*"):  # by a process that was killed
-        if time.time() - left.stat().st_mtime > _STALE_S:
-            shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(dir=place.parent, prefix="draft-", ignore_cleanup_errors=True) as draft:
-        model = Path(draft) / "model"
+    with cache.draft(place.parent) as draft:
+        model = draft / "model"
         model.mkdir()
         _log.info("converting %s (once)", file.name)
         _convert(file, model)
         if not _whole(place):  # else another process was quicker
             if place.exists():
-                place.rename(Path(draft) / "broken")
+                place.rename(draft / "broken")
             with contextlib.suppress(OSError):
                 model.rename(place)
     if not _whole(place):

@@ -24,8 +24,11 @@ BUCKETS = tuple(1 << power for power in range(9))
 """The numbers of rows that are recorded: 1, 2, 4, ... 256."""
 _WARM_UPS = 2
 Pass = Callable[[], Output]
-Recorder = Callable[[Pass], Pass]
-"""Turns a pass over tensors that stay into one that does the same to them again, and gives the same tensors."""
+Recorder = Callable[[Pass], Pass | None]
+"""Turns a pass over tensors that stay into one that does the same to them again, and gives the same tensors.
+
+None: it cannot be recorded.
+"""
 
 
 class Graphs:
@@ -44,6 +47,8 @@ class Graphs:
             recorder = CudaRecorder() if pool.device.type == "cuda" else _unrecorded
         self._subject, self._pool, self._recorder = subject, pool, recorder
         self._recordings: dict[tuple[int, tuple[int, ...]], Recording] = {}
+        self.records = True
+        """False once a pass could not be recorded: a model of which one cannot is not asked again."""
 
     def takes(self, batch: Batch) -> bool:
         """Say whether it can run a batch: all layers, and no prompt whose logits nobody wants."""
@@ -54,8 +59,13 @@ class Graphs:
         assert pool is self._pool, "recordings know the pool by its address"
         key = next(rows for rows in BUCKETS if rows >= len(batch.slots)), tuple(batch.hidden)
         if key not in self._recordings:
-            self._recordings[key] = Recording(self._subject, pool, *key, self._recorder)
+            self._recordings[key] = Recording(self._subject, pool, *key, self._record)
         return self._recordings[key].run(batch)
+
+    def _record(self, step: Pass) -> Pass:
+        played = self._recorder(step) if self.records else None
+        self.records = played is not None
+        return played or step
 
 
 class Recording:
@@ -66,21 +76,23 @@ class Recording:
         pool: where keys and values are kept.
         rows: how many rows it has.
         hidden: the hidden states that it gives.
-        recorder: records it, when it is first run.
+        record: records it, when it is first run.
     """
 
-    def __init__(self, subject: Subject, pool: Pool, rows: int, hidden: tuple[int, ...], recorder: Recorder) -> None:
+    def __init__(
+        self, subject: Subject, pool: Pool, rows: int, hidden: tuple[int, ...], record: Callable[[Pass], Pass]
+    ) -> None:
         self._subject, self._pool, self._rows, self._hidden = subject, pool, rows, hidden
         self._numbers = torch.zeros(3, rows, dtype=torch.long, device=pool.device)  # token ids, positions, slots
         self._sights = {window: Sight(rows, 1, len(pool.positions), pool.device) for window in pool.windows}
-        self._recorder = recorder
+        self._record = record
         self._play: Pass | None = None
 
     def run(self, batch: Batch) -> Output:
         """Run a batch that has no more rows. What it gives is the caller's to keep."""
         self._show(batch)
         if self._play is None:
-            self._play = self._recorder(self._pass)
+            self._play = self._record(self._pass)
         output, count = self._play(), len(batch.slots)
         hidden = {number: states[:count].clone() for number, states in output.hidden.items()}
         return Output(output.logits[:count].clone(), hidden)
@@ -123,12 +135,9 @@ class CudaRecorder:
 
     def __init__(self) -> None:
         self._memory = torch.cuda.graph_pool_handle()
-        self._gave_up = False
 
-    def __call__(self, step: Pass) -> Pass:
+    def __call__(self, step: Pass) -> Pass | None:
         """Warm a pass up, then record it."""
-        if self._gave_up:
-            return step
         before, beside = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
         beside.wait_stream(before)
         with torch.cuda.stream(beside):  # what is compiled or set up at first must not be recorded
@@ -141,9 +150,8 @@ class CudaRecorder:
                 output = step()
         except RuntimeError as error:
             torch.cuda.set_stream(before)  # a recording that fails leaves its own behind
-            self._gave_up = True
             _log.warning("steps run without CUDA graphs, since the model cannot be recorded: %s", error)
-            return step
+            return None
 
         def play() -> Output:
             graph.replay()
