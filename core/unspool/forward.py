@@ -1,4 +1,4 @@
-"""The pass of a step: everything that runs, of all groups, packed into one forward a lane."""
+"""The pass of a step: everything that runs, of all groups, packed into one forward a model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from unspool.errors import ModelError
 from unspool.group import Group
-from unspool.lane import Cache, Lane, Share
+from unspool.lane import Cache, Lane, Share, run
 from unspool.live import Live
 from unspool.schedule import Plan, Scheduler, Short
 
@@ -25,48 +25,56 @@ class Forward:
         self._main, self._scheduler, self._fail = main, scheduler, fail
 
     def run(self, plan: Plan, groups: Sequence[Group]) -> None:
-        """Run the pass: pieces of prompts and all rows and drafts of all groups, then companions for every row."""
+        """Run pieces of prompts and all rows and drafts of all groups, by the target and by companions of every row."""
         now = time.monotonic()
         self._make_sure_of_slots(plan, groups)
-        for lane in dict.fromkeys([self._main, *self._beside(groups), *(lane for lane, _ in plan.pieces)]):
-            shares = [piece for where, piece in plan.pieces if where is lane and piece.live.result is None]
-            hidden: set[int] = set()
-            for group in groups:
-                if lane is self._main or lane in group.beside():
-                    shares += [self._share(group, live, lane) for live in group.lives]
-                    hidden.update(group.pipeline.hidden if lane is self._main else ())
-            shares = [share for share in shares if share.tokens]
+        for lanes in self._passes(plan, groups):
+            shares = {lane: self._shares(plan, groups, lane) for lane in lanes}
+            shares = {lane: own for lane, own in shares.items() if own}
             if not shares:
                 continue
+            hidden = {layer for group in groups for layer in group.pipeline.hidden} if self._main in shares else ()
             try:
-                readings = lane.run(shares, sorted(hidden))
+                readings = run(shares, sorted(hidden))
             except Exception as error:  # such as too little memory for this batch: those that wait go on
                 fault = ModelError(f"the forward pass failed: {type(error).__name__}: {error}")
-                for share in shares:
-                    self._fail(share.live, fault)
+                for live in dict.fromkeys(share.live for own in shares.values() for share in own):
+                    self._fail(live, fault)
                 for group in groups:
                     group.lives = [live for live in group.lives if live.result is None]
                 continue
-            for group in groups:
-                group.read(lane, readings)
-            if lane is self._main:
-                for share in shares:
-                    counts = share.live.counts
-                    counts.forward_passes += 1
-                    counts.rows += share.tokens
-                    counts.started = counts.started or now
+            for lane, said in readings.items():
+                for group in groups:
+                    group.read(lane, said)
+            for share in shares.get(self._main, ()):
+                counts = share.live.counts
+                counts.forward_passes += 1
+                counts.rows += share.tokens
+                counts.started = counts.started or now
         for group in groups:
             if group.readings is None and group.lives:  # rows that are all held, with no draft to run
                 group.read_nothing()
+
+    def _passes(self, plan: Plan, groups: Sequence[Group]) -> list[list[Lane]]:
+        """Say which lanes run, the target's first: those of one model and as many layers run in one pass."""
+        beside = [lane for group in groups for lane in group.beside()]
+        passes: dict[tuple[Cache, int | None], list[Lane]] = {}
+        for lane in dict.fromkeys([self._main, *beside, *(lane for lane, _ in plan.pieces)]):
+            passes.setdefault((lane.cache, lane.layers), []).append(lane)
+        return list(passes.values())
+
+    def _shares(self, plan: Plan, groups: Sequence[Group], lane: Lane) -> list[Share]:
+        shares = [piece for where, piece in plan.pieces if where is lane and piece.live.result is None]
+        for group in groups:
+            if lane is self._main or lane in group.beside():
+                shares += [self._share(group, live, lane) for live in group.lives]
+        return [share for share in shares if share.tokens]
 
     def _share(self, group: Group, live: Live, lane: Lane) -> Share:
         drafts = group.running_drafts(live) if group.drafts else ()
         if lane is self._main:
             live.counts.drafted += sum(not group.drafts[node].held for node in drafts)
         return self._scheduler.share(live, lane, drafts)
-
-    def _beside(self, groups: Sequence[Group]) -> list[Lane]:
-        return [lane for group in groups for lane in group.beside()]
 
     def _make_sure_of_slots(self, plan: Plan, groups: Sequence[Group]) -> None:
         """Make room for drafts that strategies hung over the budget."""

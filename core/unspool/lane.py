@@ -6,8 +6,9 @@ more: the same nodes, with slots of their own.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -279,34 +280,11 @@ class Lane:
             ancestors.update(dict.fromkeys(reversed(chain)))
         return Share(live, range(track.done, len(track.prompt)), list(ancestors))
 
-    def run(self, shares: Sequence[Share], hidden: Sequence[int] = ()) -> Readings:
-        """Run one packed pass; read the logits of all `nodes` in it, and of each root whose prompt it completes.
+    def run(self, shares: Sequence[Share]) -> Readings:
+        """Run a packed pass of this lane alone; see `run`."""
+        return run({self: shares})[self]
 
-        Raises:
-            NoSlots: there are not slots enough. Then, and if the model raises, nothing has changed.
-        """
-        need = sum(share.new_slots(self) for share in shares)
-        if need > self.cache.free:
-            raise NoSlots(self.cache, need)
-        self.cache.make_room(need)
-        stored = self.cache.hidden if self.layers is None else {}  # it is the target's own, which runs all layers
-        layers = tuple(dict.fromkeys([*hidden, *stored]))
-        packing = _Packing(self)
-        for share in shares:
-            packing.add(share)
-        try:
-            output = self.cache.runner.forward(packing.batch(layers))
-        except Exception:  # what holds nothing must not pass for run
-            self._undo(shares, packing.fresh)
-            raise
-        for layer, store in stored.items():
-            store[torch.from_numpy(packing.slots()).to(store.device)] = output.hidden[layer]
-        if self.prefixes is not None:
-            for share in packing.prompts:
-                self._keep(share)
-        return Readings(output, packing.row, packing.packed)
-
-    def _keep(self, share: Share) -> None:
+    def keep(self, share: Share) -> None:
         """Give a piece of a prompt that has just run to the tree, but for the last token, which may be run again."""
         track = share.live.tracks[self]
         stop = min(track.done, len(track.prompt) - 1)
@@ -314,7 +292,7 @@ class Lane:
             for node in (share.live.root, *share.nodes, *share.silent):
                 self.forget_trail(node)
 
-    def _undo(self, shares: Sequence[Share], fresh: Sequence[int]) -> None:
+    def undo(self, shares: Sequence[Share], fresh: Sequence[int]) -> None:
         """Free what a pass that failed was to fill."""
         for node in fresh:
             self.free(node)
@@ -354,16 +332,84 @@ class Lane:
         self._trails.pop(node, None)
 
 
-class _Packing:
-    """Collects the shares of requests into one batch."""
+def run(shares: Mapping[Lane, Sequence[Share]], hidden: Sequence[int] = ()) -> dict[Lane, Readings]:
+    """Run one packed pass of lanes that share a cache and run the same layers.
 
-    def __init__(self, lane: Lane) -> None:
+    Args:
+        shares: what runs in each lane.
+        hidden: the layers whose hidden states are wanted.
+
+    Returns:
+        For each lane the logits of all `nodes` in it, and of each root whose prompt the pass completes.
+
+    Raises:
+        NoSlots: there are not slots enough. Then, and if the model raises, nothing has changed.
+    """
+    (cache,), (layers,) = {lane.cache for lane in shares}, {lane.layers for lane in shares}
+    need = sum(share.new_slots(lane) for lane, own in shares.items() for share in own)
+    if need > cache.free:
+        raise NoSlots(cache, need)
+    cache.make_room(need)
+    stored = cache.hidden if layers is None else {}  # it is the target's own, which runs all layers
+    packed = _Packed()
+    packings = [_Packing(lane, packed) for lane in shares]
+    for packing in packings:
+        for share in shares[packing.lane]:
+            packing.add(share)
+    try:
+        output = cache.runner.forward(packed.batch(tuple(dict.fromkeys([*hidden, *stored])), layers))
+    except Exception:  # what holds nothing must not pass for run
+        for packing in packings:
+            packing.lane.undo(shares[packing.lane], packing.fresh)
+        raise
+    for layer, store in stored.items():
+        store[torch.from_numpy(packed.slot_array).to(store.device)] = output.hidden[layer]
+    for packing in packings:
+        for share in packing.prompts if packing.lane.prefixes is not None else ():
+            packing.lane.keep(share)
+    return {packing.lane: Readings(output, packing.row, packing.packed) for packing in packings}
+
+
+@dataclass(eq=False)
+class _Packed:
+    """What a pass runs, one after another."""
+
+    tokens: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
+    wanted: list[int] = field(default_factory=list)
+
+    @cached_property
+    def slot_array(self) -> NDArray[np.int64]:
+        """Give the slots, when all are there."""
+        return np.array(self.slots, dtype=np.int64)
+
+    def batch(self, hidden: Sequence[int], layers: int | None) -> Batch:
+        """Give all of it as a runner takes it."""
+        return Batch(
+            token_ids=np.array(self.tokens, dtype=np.int64),
+            positions=np.array(self.positions, dtype=np.int64),
+            slots=self.slot_array,
+            spans=self.spans,
+            wanted=np.array(self.wanted, dtype=np.int64),
+            hidden=hidden,
+            layers=layers,
+        )
+
+
+class _Packing:
+    """Packs the shares of requests in one lane.
+
+    Args:
+        lane: where they run.
+        into: the pass, which may hold those of other lanes.
+    """
+
+    def __init__(self, lane: Lane, into: _Packed) -> None:
         self.lane, self.tree = lane, lane.tree
-        self.tokens: list[int] = []
-        self.positions: list[int] = []
-        self.slot_list: list[int] = []
-        self.spans: list[Span] = []
-        self.wanted: list[int] = []
+        self.tokens, self.positions, self.slot_list = into.tokens, into.positions, into.slots
+        self.spans, self.wanted = into.spans, into.wanted
         self.row: dict[int, int] = {}
         self.packed: dict[int, int] = {}
         self.fresh: list[int] = []
@@ -433,20 +479,6 @@ class _Packing:
         if len(holes) <= used.sum() // 2 and lane.cache.pool.wrote(live.tracks[lane].claim, holes):
             return Span(start, len(nodes), slice(first, end), mask)
         return Span(start, len(nodes), np.flatnonzero(used) + first, mask[:, used])
-
-    def slots(self) -> NDArray[np.int64]:
-        return np.array(self.slot_list, dtype=np.int64)
-
-    def batch(self, hidden: Sequence[int]) -> Batch:
-        return Batch(
-            token_ids=np.array(self.tokens, dtype=np.int64),
-            positions=np.array(self.positions, dtype=np.int64),
-            slots=self.slots(),
-            spans=self.spans,
-            wanted=np.array(self.wanted, dtype=np.int64),
-            hidden=hidden,
-            layers=self.lane.layers,
-        )
 
 
 def _union(paths: Sequence[NDArray[np.int64]]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:

@@ -394,7 +394,9 @@ def test_a_scale_of_one_changes_nothing() -> None:
     for plugins in ([], [build("guidance", scale=1.0, negative_prompt=list(NEGATIVE))]):
         pipeline = Pipeline(plugin(hosts.Drawn), plugins)
         results += run("gpt2", [request(pipeline, PROMPTS[0], max_new_tokens=12, logprobs="pipeline")])
-    assert results[0].hypotheses == results[1].hypotheses
+    one, other = (result.hypotheses[0] for result in results)
+    assert one.token_ids == other.token_ids
+    assert one.logprobs == pytest.approx(other.logprobs, rel=1e-12)  # a pass of two rows rounds otherwise
 
 
 def test_guidance_costs_a_second_row_beside_every_row() -> None:
@@ -403,7 +405,7 @@ def test_guidance_costs_a_second_row_beside_every_row() -> None:
         model = TableModel(6, seed=2)
         alone(model, [request(Pipeline(plugin(hosts.Likeliest), plugins), (4, 5), max_new_tokens=9, end_ids=())])
         counts.append((model.passes, model.tokens))
-    assert counts == [(9, 2 + 8), (2 * 9, (2 + 8) + (3 + 8))]
+    assert counts == [(9, 2 + 8), (9, (2 + 8) + (3 + 8))]
 
 
 def test_every_request_of_a_group_has_its_own_scale_and_negative_prompt() -> None:

@@ -8,7 +8,7 @@ it is the prompt's last token alone, so that guidance holds the text to its prom
 
 p is what the model says after the prompt and n after the negative one. The difference is added to the logits as plugins
 before left them, so these keep their effect and what is forbidden stays so; scale = 1 changes nothing. Costs a second
-row beside every row, run for all requests in one pass, with cache slots of its own; then two log-softmaxes.
+row beside every row, in the same pass, with cache slots of its own; then two log-softmaxes.
 """
 
 from __future__ import annotations

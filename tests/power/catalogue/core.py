@@ -271,7 +271,7 @@ SLOTS = (
         "a pass that fails keeps the slots of its prompts",
         "kit_greedy",
         "conservation",
-        edit(Lane._undo, "self.cache.pool.give(track.claim, slot)", "pass"),
+        edit(Lane.undo, "self.cache.pool.give(track.claim, slot)", "pass"),
     ),
     fault(
         "a prompt is taken to begin one token further like another than it does",
@@ -299,7 +299,7 @@ SLOTS = (
         "a path is read where it lay before its prompt was found in the tree",
         "kit_recall",
         "batch_invariance",
-        edit(Lane._keep, "self.forget_trail(node)", "pass"),
+        edit(Lane.keep, "self.forget_trail(node)", "pass"),
         texts=[[1, 1, 1, 1], [0, 0, 0, 0]],
     ),
     fault(
@@ -436,8 +436,8 @@ FAILURES = (
         "fault_isolation",
         edit(
             Forward.run,
-            "for share in shares:\n                    self._fail(share.live, fault)",
-            "for live in list(self._scheduler.running):\n                    self._fail(live, fault)",
+            "for live in dict.fromkeys(share.live for own in shares.values() for share in own):",
+            "for live in list(self._scheduler.running):",
         ),
     ),
 )
