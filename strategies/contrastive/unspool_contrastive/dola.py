@@ -10,12 +10,13 @@ log-probabilities are contrasted with its own, among the tokens that the final l
     out[t]  =  log p[t] - log q[t]   for t in V,   -inf  elsewhere                                (Chuang et al. 2023)
 
 p' is what the model says, p the same as plugins before left it. The layer is chosen for every row by itself, never for
-a batch. Costs no pass: for each layer and row a product with the output matrix and a softmax over the vocabulary.
+a batch. Costs no pass: for each layer and row a product with the output matrix (of many together) and a softmax over
+the vocabulary.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
@@ -27,6 +28,9 @@ from unspool_contrastive.contrast import contrast
 
 if TYPE_CHECKING:
     from unspool.step import Step
+
+_ROWS = 64
+"""How many rows the output matrix is applied to at once: reading it costs what it does, however few they are."""
 
 
 class Dola(Plugin):
@@ -57,12 +61,18 @@ class Dola(Plugin):
         final = step.raw.to(logits).log_softmax(dim=-1)
         farthest = final.new_full((len(final), 1), -1.0)
         premature = torch.empty_like(final)
-        for layer in self.params.layers:
-            early = step.head(step.hidden(layer)).to(logits).log_softmax(dim=-1)
+        for early in self._said_early(step, final):
             distance = divergence(final, early)
             premature = early.where(~(distance <= farthest), premature)  # a NaN is taken, and so is seen
             farthest = farthest.maximum(distance)
         contrast(logits, premature, step.values(self, "alpha").to(logits).unsqueeze(-1))
+
+    def _said_early(self, step: Step, final: Tensor) -> Iterator[Tensor]:
+        """Give the log-probabilities of each candidate layer, like those of the final one."""
+        layers, at_once = self.params.layers, max(1, _ROWS // len(final))
+        for first in range(0, len(layers), at_once):
+            hidden = torch.cat([step.hidden(layer) for layer in layers[first : first + at_once]])
+            yield from step.head(hidden).to(final).log_softmax(dim=-1).view(-1, *final.shape)
 
 
 def divergence(one: Tensor, other: Tensor) -> Tensor:
@@ -75,6 +85,7 @@ def divergence(one: Tensor, other: Tensor) -> Tensor:
     Returns:
         `[rows, 1]`, from 0 to log 2.
     """
-    mean = torch.logaddexp(one, other) - math.log(2)
-    parts = [p.exp() * (p - mean).masked_fill(p == -torch.inf, 0.0) for p in (one, other)]
+    p, q = one.exp(), other.exp()
+    mean = (p + q).div_(2).log_()
+    parts = [(share * (log - mean)).masked_fill_(share == 0, 0.0) for share, log in ((p, one), (q, other))]
     return (parts[0] + parts[1]).sum(dim=-1, keepdim=True) / 2
