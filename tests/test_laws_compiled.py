@@ -31,7 +31,7 @@ COMPILED = settings(max_examples=30, deadline=None, suppress_health_check=[Healt
 def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HuggingFaceRunner]:
     with untuned(tmp_path_factory.mktemp("cache")):
         runner = HuggingFaceRunner(tiny_model("llama", torch.float32))
-        for kind in package.KINDS:
+        for kind in runner.subject.kinds:
             package.make(runner.subject, kind)
         assert runner.use_compiled()
         yield runner

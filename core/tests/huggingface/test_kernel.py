@@ -110,6 +110,26 @@ def test_nan_in_one_request_stays_there() -> None:
     assert not found[:, 1:].isnan().any()
 
 
+@pytest.mark.parametrize("width", [1, 7, 48, 500])
+@pytest.mark.parametrize("depth", [32, 160, 576])
+def test_products_of_a_few_rows_are_right_and_each_row_is_its_own(width: int, depth: int) -> None:
+    if not kernel.multiplies():
+        pytest.skip("the processor does not multiply bfloat16")
+    random = torch.Generator().manual_seed(width)
+    weight, bias = (torch.randn(*shape, generator=random).bfloat16() for shape in ((width, depth), (width,)))
+    for count in range(1, 20):
+        rows = torch.randn(count, depth, generator=random).bfloat16()
+        exact = rows.double() @ weight.double().T
+        for added in (None, bias):
+            found = torch.ops.unspool.project(rows, weight, added)
+            expected = exact if added is None else exact + added.double()
+            torch.testing.assert_close(found.double(), expected, rtol=2**-8, atol=1e-4)
+        rows[count // 2] = torch.nan
+        spoilt = torch.ops.unspool.project(rows, weight, bias).isnan()
+        assert spoilt[count // 2].all()
+        assert spoilt.sum() == width
+
+
 def test_without_a_compiler_the_error_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,13 +19,13 @@ from unspool.errors import ModelError
 from unspool.huggingface import HuggingFaceRunner, compiler, kernel, package
 from unspool.huggingface.load import load
 from unspool.huggingface.package import KINDS, make
-from unspool.huggingface.projections import quicken
+from unspool.huggingface.projections import Projection, join, multiply_by_kernel, quicken
 from unspool.runner import Batch, Output, Span
 from unspool_testing.compiling import untuned
 from unspool_testing.networks import tiny_model
 
 pytestmark = [pytest.mark.skipif(kernel.compiler() is None, reason="no C++ compiler"), pytest.mark.slow]
-ONE, FEW, MANY = KINDS
+ONE, SOME, FEW, MANY = KINDS
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -46,7 +47,7 @@ def compiled_runner(model: PreTrainedModel, *kinds: package.Kind) -> HuggingFace
 @pytest.fixture(scope="module")
 def gemma(quick_to_make: Path) -> HuggingFaceRunner:
     """Sliding windows, soft caps, a scaled embedding: in float32, with all packages."""
-    return compiled_runner(tiny_model("gemma2", torch.float32), *KINDS)
+    return compiled_runner(tiny_model("gemma2", torch.float32), ONE, FEW, MANY)
 
 
 def passes(runner: HuggingFaceRunner) -> list[Output]:
@@ -81,7 +82,7 @@ def test_weights_are_read_only_where_packages_of_their_setting_are(
     gemma: HuggingFaceRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = HuggingFaceRunner(tiny_model("llama", torch.float32)).subject
-    assert gemma.subject.made() == list(KINDS)
+    assert gemma.subject.made() == [ONE, FEW, MANY]
     monkeypatch.setattr(package.Subject, "name", property(lambda subject: pytest.fail("all weights were read")))
     assert other.made() == []
 
@@ -113,6 +114,26 @@ def test_bfloat16_stays_near_float32_whatever_the_processor_multiplies() -> None
         if len(expected.logits):
             error = (compiled.logits.float() - expected.logits).square().mean().sqrt()
             assert error < 0.05 * expected.logits.std()
+
+
+def test_passes_of_some_tokens_multiply_by_the_kernel() -> None:
+    if not kernel.multiplies():
+        pytest.skip("the processor does not multiply bfloat16")
+    model: Any = tiny_model("llama", torch.bfloat16, hidden_size=64, intermediate_size=96)
+    multiplied = copy.deepcopy(model)
+    join(multiplied)
+    multiply_by_kernel(multiplied)
+    layer = multiplied.model.layers[0]
+    assert isinstance(layer.self_attn.q_proj.joint.project, Projection)
+    assert isinstance(layer.mlp.down_proj, Projection)
+    assert isinstance(multiplied.lm_head, Projection)
+    exact = passes(HuggingFaceRunner(copy.deepcopy(model).float(), compiled=False))
+    own = passes(HuggingFaceRunner(copy.deepcopy(model), compiled=False))
+    compiled = passes(compiled_runner(model, SOME, FEW))
+    for found, rounded, expected in zip(compiled, own, exact, strict=True):
+        if len(expected.logits):
+            errors = [(each.logits.float() - expected.logits).square().mean().sqrt() for each in (found, rounded)]
+            assert errors[0] < 2 * errors[1]
 
 
 def test_a_package_is_found_by_its_weights_and_nothing_else(gemma: HuggingFaceRunner) -> None:

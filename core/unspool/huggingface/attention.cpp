@@ -6,8 +6,9 @@
 // (a prefix that many share, then its own): each part, and each piece of a long part, gives a maximum, a sum and a
 // weighted sum of values, and the pieces of a token are merged by log-sum-exp at the end.
 //
-// All arithmetic is float32, whatever the pool's dtype. Few rows are scored by dot products; for many rows a block of
-// keys is laid out once, transposed, and both products run in register tiles.
+// All sums are float32, whatever the pool's dtype. Few rows are scored by dot products; for many rows a block of keys is
+// laid out once, transposed, and both products run in register tiles. Where the processor multiplies pairs of bfloat16
+// numbers, queries and keys of bfloat16 are multiplied so: the products are exact all the same.
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -20,75 +21,20 @@
 #include <cstring>
 #include <limits>
 #include <optional>
+#include <type_traits>
 #include <vector>
+
+#include "vectors.h"
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int W = 16;
-#else
-constexpr int W = 8;
-#endif
-constexpr int BLOCK = 64;      // keys that are scored together
-constexpr int TILE = 96;       // query rows that share a block laid out once
-constexpr int MR = 6, NV = 2;  // a register tile: rows by vectors
+using namespace unspool;
+
+constexpr int BLOCK = 64;  // keys that are scored together
+constexpr int TILE = 96;   // query rows that share a block laid out once
+constexpr int MR = 6;      // rows in a register tile
+constexpr int NV = W / 4;  // and vectors of columns
 constexpr float NONE = -std::numeric_limits<float>::infinity();
-
-typedef float Vector __attribute__((vector_size(W * 4)));
-typedef float Loose __attribute__((vector_size(W * 4), aligned(4), may_alias));
-typedef int32_t Whole __attribute__((vector_size(W * 4)));
-
-template <typename T>
-struct Element;
-
-template <>
-struct Element<float> {
-  static Vector load(const float* p) { return *reinterpret_cast<const Loose*>(p); }
-  static float one(const float* p) { return *p; }
-  static float rounded(float x) { return x; }
-};
-
-template <>
-struct Element<at::BFloat16> {
-  static Vector load(const at::BFloat16* p) {
-    typedef uint16_t Half __attribute__((vector_size(W * 2)));
-    typedef uint32_t Word __attribute__((vector_size(W * 4)));
-    Half half;
-    std::memcpy(&half, p, sizeof half);
-    Word word = __builtin_convertvector(half, Word) << 16;
-    return reinterpret_cast<Vector>(word);
-  }
-  static float one(const at::BFloat16* p) { return static_cast<float>(*p); }
-  static at::BFloat16 rounded(float x) { return at::BFloat16(x); }
-};
-
-template <>
-struct Element<at::Half> {
-  static Vector load(const at::Half* p) {
-    Vector out;
-    for (int i = 0; i < W; ++i) out[i] = static_cast<float>(p[i]);
-    return out;
-  }
-  static float one(const at::Half* p) { return static_cast<float>(*p); }
-  static at::Half rounded(float x) { return at::Half(x); }
-};
-
-inline Vector all(float x) { return x - Vector{}; }  // unlike 0 + x, nothing is left of it but the copies
-
-typedef float Four __attribute__((vector_size(16)));
-
-inline float sum(Vector v) {
-#if defined(__AVX512F__)
-  typedef float Eight __attribute__((vector_size(32)));
-  Eight half = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
-               __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-#else
-  Vector half = v;
-#endif
-  Four four = __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
-  four += __builtin_shufflevector(four, four, 2, 3, 0, 1);
-  return four[0] + four[1];
-}
 
 // exp(x) for x <= 0 to within 2 units in the last place; below -87 it is 0.
 inline Vector exponential(Vector x) {
@@ -110,13 +56,36 @@ inline Vector exponential(Vector x) {
   return tiny ? Vector{} : reinterpret_cast<Vector>(bits);
 }
 
+// What memory is asked for while something else is computed, since a decode step waits for little else: a block that is
+// read soon. It comes into the second cache; the first takes so few requests at a time that it would wait for them.
+template <typename T>
+struct Ahead {
+  const T* from;
+  int64_t left, step;  // numbers
+
+  // Of so many rows in a block, to be asked for while so many others are computed.
+  static Ahead of(const T* block, int64_t rows, int64_t width, int64_t meanwhile) {
+    return {block, rows * width, (rows + meanwhile - 1) / std::max<int64_t>(1, meanwhile) * width};
+  }
+
+  // Ask for some more.
+  void fetch() {
+    if (left <= 0) return;
+    for (int64_t at = 0; at < step; at += 64 / sizeof(T)) __builtin_prefetch(from + at, 0, 2);
+    from += step;
+    left -= step;
+  }
+};
+
 // out[i][j] += sum over k of a[i][k] * b[k][j], for M rows, N columns of a multiple of one vector.
 template <typename T, int M, int V>
-inline void tile(const float* a, int64_t lda, const T* b, int64_t ldb, float* out, int64_t ldo, int64_t depth) {
+inline void tile(const float* a, int64_t lda, const T* b, int64_t ldb, float* out, int64_t ldo, int64_t depth,
+                 Ahead<T>* ahead) {
   Vector total[M][V];
   for (int i = 0; i < M; ++i)
     for (int v = 0; v < V; ++v) total[i][v] = *reinterpret_cast<Loose*>(out + i * ldo + v * W);
   for (int64_t k = 0; k < depth; ++k) {
+    if (ahead) ahead->fetch();
     Vector column[V];
     for (int v = 0; v < V; ++v) column[v] = Element<T>::load(b + k * ldb + v * W);
     for (int i = 0; i < M; ++i) {
@@ -130,10 +99,11 @@ inline void tile(const float* a, int64_t lda, const T* b, int64_t ldb, float* ou
 
 template <typename T, int M>
 inline void strip(const float* a, int64_t lda, const T* b, int64_t ldb, float* out, int64_t ldo, int64_t columns,
-                  int64_t depth) {
+                  int64_t depth, Ahead<T>* ahead) {
   int64_t j = 0;
-  for (; j + NV * W <= columns; j += NV * W) tile<T, M, NV>(a, lda, b + j, ldb, out + j, ldo, depth);
-  for (; j + W <= columns; j += W) tile<T, M, 1>(a, lda, b + j, ldb, out + j, ldo, depth);
+  for (; j + NV * W <= columns; j += NV * W)
+    tile<T, M, NV>(a, lda, b + j, ldb, out + j, ldo, depth, j ? nullptr : ahead);
+  for (; j + W <= columns; j += W) tile<T, M, 1>(a, lda, b + j, ldb, out + j, ldo, depth, j ? nullptr : ahead);
   for (; j < columns; ++j)
     for (int i = 0; i < M; ++i) {
       float s = out[i * ldo + j];
@@ -144,11 +114,14 @@ inline void strip(const float* a, int64_t lda, const T* b, int64_t ldb, float* o
 
 template <typename T>
 void multiply(const float* a, int64_t lda, const T* b, int64_t ldb, float* out, int64_t ldo, int64_t rows,
-              int64_t columns, int64_t depth) {
+              int64_t columns, int64_t depth, Ahead<T>* ahead = nullptr) {
+  auto some = [&](auto strips, int64_t i) {
+    strips(a + i * lda, lda, b, ldb, out + i * ldo, ldo, columns, depth, i ? nullptr : ahead);
+  };
   int64_t i = 0;
-  for (; i + MR <= rows; i += MR) strip<T, MR>(a + i * lda, lda, b, ldb, out + i * ldo, ldo, columns, depth);
-  for (; i + 3 <= rows; i += 3) strip<T, 3>(a + i * lda, lda, b, ldb, out + i * ldo, ldo, columns, depth);
-  for (; i < rows; ++i) strip<T, 1>(a + i * lda, lda, b, ldb, out + i * ldo, ldo, columns, depth);
+  for (; i + MR <= rows; i += MR) some(strip<T, MR>, i);
+  for (; i + 3 <= rows; i += 3) some(strip<T, 3>, i);
+  for (; i < rows; ++i) some(strip<T, 1>, i);
 }
 
 // out[r] = the dot product of row r of the query with one key, for R rows.
@@ -169,26 +142,104 @@ inline void dots(const float* query, int64_t width, const T* key, float* out) {
 
 // The scores of a few rows with a block of keys.
 template <typename T>
-void score(const float* query, int64_t rows, int64_t width, const T* keys, int64_t count, float* scores) {
-  for (int64_t r = 0; r < rows;) {
-    const float* q = query + r * width;
-    float* out = scores + r * BLOCK;
-    const int64_t left = rows - r;
-    if (left >= 4) {
-      for (int64_t j = 0; j < count; ++j) dots<T, 4>(q, width, keys + j * width, out + j);
-      r += 4;
-    } else if (left == 3) {
-      for (int64_t j = 0; j < count; ++j) dots<T, 3>(q, width, keys + j * width, out + j);
-      r += 3;
-    } else if (left == 2) {
-      for (int64_t j = 0; j < count; ++j) dots<T, 2>(q, width, keys + j * width, out + j);
-      r += 2;
-    } else {
-      for (int64_t j = 0; j < count; ++j) dots<T, 1>(q, width, keys + j * width, out + j);
-      r += 1;
+void score(const float* query, int64_t rows, int64_t width, const T* keys, int64_t count, Ahead<T>& ahead,
+           float* scores) {
+  for (int64_t r = 0; r < rows; r += 4) {
+    auto some = [&](auto dots) {
+      for (int64_t j = 0; j < count; ++j) {
+        if (r == 0) ahead.fetch();
+        dots(query + r * width, width, keys + j * width, scores + r * BLOCK + j);
+      }
+    };
+    switch (rows - r) {
+      case 1:
+        some(dots<T, 1>);
+        break;
+      case 2:
+        some(dots<T, 2>);
+        break;
+      case 3:
+        some(dots<T, 3>);
+        break;
+      default:
+        some(dots<T, 4>);
     }
   }
 }
+
+// The same where pairs of bfloat16 numbers are multiplied: 16 keys a time, and many rows in register tiles.
+#if defined(__AVX512BF16__)
+inline void score_few(const at::BFloat16* query, int64_t rows, int64_t width, const at::BFloat16* keys, int64_t count,
+                      float scaling, Ahead<at::BFloat16>& ahead, float* scores) {
+  for (int64_t j = 0; j < count; j += W) {
+    const at::BFloat16* key[W];
+    for (int i = 0; i < W; ++i) key[i] = keys + std::min(j + i, count - 1) * width;
+    for (int64_t r = 0; r < rows; ++r) {
+      Vector total[W] = {};
+      for (int64_t d = 0; d < width; d += 2 * W)
+        for (int i = 0; i < W; ++i) total[i] = paired(total[i], query + r * width + d, key[i] + d);
+      for (int64_t i = r * W / rows; i < (r + 1) * W / rows; ++i) ahead.fetch();
+      *reinterpret_cast<Loose*>(scores + r * BLOCK + j) = sums(total) * scaling;
+    }
+  }
+}
+
+// Lay a block of keys out: `turned[d][j]` is the pair of numbers 2d, 2d + 1 of key j.
+inline void turn(const at::BFloat16* keys, int64_t width, int64_t count, int32_t* turned) {
+  for (int64_t j = 0; j < BLOCK; j += W)
+    for (int64_t d = 0; d < width / 2; d += W) {
+      __m512i v[W], w[W];
+      for (int i = 0; i < W; ++i)
+        v[i] = j + i < count ? _mm512_loadu_si512(keys + (j + i) * width + 2 * d) : _mm512_setzero_si512();
+      for (int i = 0; i < W; i += 2) {
+        w[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+        w[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+      }
+      for (int i = 0; i < W; i += 4)
+        for (int k = 0; k < 2; ++k) {
+          v[i + 2 * k] = _mm512_unpacklo_epi64(w[i + k], w[i + 2 + k]);
+          v[i + 2 * k + 1] = _mm512_unpackhi_epi64(w[i + k], w[i + 2 + k]);
+        }
+      for (int i = 0; i < 4; ++i)  // v[4g + i]: of keys 4g to 4g + 3 the pairs i, 4 + i, 8 + i, 12 + i
+        for (int k = 0; k < 2; ++k) {
+          w[i + 8 * k] = _mm512_shuffle_i32x4(v[8 * k + i], v[8 * k + 4 + i], 0x88);
+          w[i + 8 * k + 4] = _mm512_shuffle_i32x4(v[8 * k + i], v[8 * k + 4 + i], 0xdd);
+        }
+      for (int i = 0; i < 8; ++i) {  // w[i]: of keys 0 to 7 the pairs i and 8 + i (i < 4: i and 8 + i; else 4 more)
+        _mm512_storeu_si512(turned + (d + i) * BLOCK + j, _mm512_shuffle_i32x4(w[i], w[i + 8], 0x88));
+        _mm512_storeu_si512(turned + (d + 8 + i) * BLOCK + j, _mm512_shuffle_i32x4(w[i], w[i + 8], 0xdd));
+      }
+    }
+}
+
+template <int M>
+inline void tile_of_pairs(const at::BFloat16* query, int64_t width, const int32_t* turned, float scaling,
+                          float* scores) {
+  static_assert(BLOCK == 4 * W);
+  Vector total[M][4] = {};
+  for (int64_t d = 0; d < width / 2; ++d)
+    for (int i = 0; i < M; ++i) {
+      int32_t pair;
+      std::memcpy(&pair, query + i * width + 2 * d, sizeof pair);
+      const __m512i factor = _mm512_set1_epi32(pair);
+      for (int v = 0; v < 4; ++v) total[i][v] = paired(total[i][v], &factor, turned + d * BLOCK + v * W);
+    }
+  for (int i = 0; i < M; ++i)
+    for (int v = 0; v < 4; ++v) *reinterpret_cast<Loose*>(scores + i * BLOCK + v * W) = total[i][v] * scaling;
+}
+
+inline void score_many(const at::BFloat16* query, int64_t rows, int64_t width, const int32_t* turned, float scaling,
+                       float* scores) {
+  int64_t r = 0;
+  for (; r + MR <= rows; r += MR) tile_of_pairs<MR>(query + r * width, width, turned, scaling, scores + r * BLOCK);
+  for (; r < rows; ++r) tile_of_pairs<1>(query + r * width, width, turned, scaling, scores + r * BLOCK);
+}
+#else
+inline void score_few(const at::BFloat16*, int64_t, int64_t, const at::BFloat16*, int64_t, float, Ahead<at::BFloat16>&,
+                      float*) {}
+inline void turn(const at::BFloat16*, int64_t, int64_t, int32_t*) {}
+inline void score_many(const at::BFloat16*, int64_t, int64_t, const int32_t*, float, float*) {}
+#endif
 
 struct Part {
   const int64_t* rows;  // [count][3]: token, low, high
@@ -202,28 +253,67 @@ struct Item {  // some rows of a part, over a piece of its context, for one head
   int64_t part, head, first, last, begin, end, scratch;
 };
 
+struct Block {  // consecutive slots, at a place of the context
+  int64_t slot, place, count;
+};
+
+// Goes through the blocks of a piece of a context.
+class Blocks {
+ public:
+  Blocks(const Part& part, const Item& item) : part_(part), item_(item), place_(item.begin) {}
+
+  // Give the next one; its count is 0 at the end.
+  Block next() {
+    if (place_ >= item_.end) return {0, place_, 0};
+    const int64_t* stretch = part_.stretches + 2 * stretch_;
+    while (place_ >= at_ + stretch[1]) {
+      at_ += stretch[1];
+      stretch += 2;
+      ++stretch_;
+    }
+    const int64_t end = std::min(item_.end, at_ + stretch[1]);
+    const Block block{stretch[0] + place_ - at_, place_, std::min<int64_t>(BLOCK, end - place_)};
+    place_ += block.count;
+    return block;
+  }
+
+ private:
+  const Part& part_;
+  const Item& item_;
+  int64_t place_, stretch_ = 0, at_ = 0;  // `at_`: the place of the stretch's first slot
+};
+
 struct Shape {
   int64_t heads, kv_heads, group, width, value_width;
   float scaling, softcap;  // softcap 0: none
 };
 
-// The running result of a row: the weighted sum of values, the sum of weights, and the greatest score.
-struct Running {
-  float* values;
-  float* sum;
-  float* most;
+struct Buffers {
+  std::vector<float> query, scores, keys, values;
+  std::vector<at::BFloat16> halves;
+  std::vector<int32_t> pairs;
 };
 
-struct Buffers {
-  std::vector<float> query, scores, keys, values, running;
+// The first keys and values of what a thread computes next.
+template <typename P>
+struct Upcoming {
+  const P* keys;
+  const P* values;
+  Block block;
 };
 
 template <typename T, typename P>
 void run(const Item& item, const Part& part, const Shape& shape, const at::Tensor& query, const P* keys,
-         const P* values, Buffers& buffers, float* output) {
+         const P* values, const Upcoming<P>& upcoming, Buffers& buffers, float* output) {
   const int64_t tokens = item.last - item.first, rows = tokens * shape.group;
   const int64_t D = shape.width, E = shape.value_width;
   const bool few = rows < 8;
+  constexpr bool halves = PAIRS && std::is_same_v<T, at::BFloat16> && std::is_same_v<P, at::BFloat16>;
+  const bool by_pairs = halves && D % (2 * W) == 0;
+  if (by_pairs) {
+    buffers.halves.resize(rows * D);
+    buffers.pairs.resize(D / 2 * BLOCK);
+  }
   buffers.query.resize(rows * D);
   buffers.scores.resize(rows * BLOCK);
   buffers.keys.resize(D * BLOCK);
@@ -231,102 +321,104 @@ void run(const Item& item, const Part& part, const Shape& shape, const at::Tenso
   float* q = buffers.query.data();
   float* scores = buffers.scores.data();
   const T* source = query.const_data_ptr<T>();
-  int64_t low = std::numeric_limits<int64_t>::max(), high = 0;
   for (int64_t t = 0; t < tokens; ++t) {
     const int64_t* row = part.rows + (item.first + t) * 3;
-    low = std::min(low, row[1]);
-    high = std::max(high, row[2]);
     for (int64_t g = 0; g < shape.group; ++g) {
       const T* from = source + (item.head * shape.group + g) * query.stride(1) + row[0] * query.stride(2);
-      for (int64_t d = 0; d < D; ++d) q[(t * shape.group + g) * D + d] = Element<T>::one(from + d) * shape.scaling;
+      const int64_t r = t * shape.group + g;
+      if (by_pairs)
+        std::memcpy(static_cast<void*>(buffers.halves.data() + r * D), from, D * sizeof(T));
+      else
+        for (int64_t d = 0; d < D; ++d) q[r * D + d] = Element<T>::one(from + d) * shape.scaling;
     }
   }
-  low = std::max(low, item.begin);
-  high = std::min(high, item.end);
   float* weighted = output;  // [rows][E], then sums [rows], then maxima [rows]
   float* sums = output + rows * E;
   float* most = sums + rows;
   std::fill(output, output + rows * (E + 1), 0.0f);
   std::fill(most, most + rows, NONE);
-  int64_t at = 0;  // place in the context of the stretch's first slot
-  for (int64_t s = 0; s < part.stretch_count && at < high; ++s) {
-    const int64_t start = part.stretches[2 * s], length = part.stretches[2 * s + 1];
-    int64_t from = std::max<int64_t>(0, low - at);
-    const int64_t to = std::min(length, high - at);
-    for (; from < to; from += BLOCK) {
-      const int64_t count = std::min<int64_t>(BLOCK, to - from), place = at + from;
-      const P* key = keys + (start + from) * D;
-      const P* value = values + (start + from) * E;
-      if (few) {
-        score<P>(q, rows, D, key, count, scores);
-      } else {
-        float* turned = buffers.keys.data();
-        for (int64_t j = 0; j < count; ++j)
-          for (int64_t d = 0; d < D; ++d) turned[d * BLOCK + j] = Element<P>::one(key + j * D + d);
-        for (int64_t j = count; j < BLOCK; ++j)
-          for (int64_t d = 0; d < D; ++d) turned[d * BLOCK + j] = 0;
-        std::fill(scores, scores + rows * BLOCK, 0.0f);
-        multiply<float>(q, D, turned, BLOCK, scores, BLOCK, rows, BLOCK, D);
-      }
-      for (int64_t t = 0; t < tokens; ++t) {
-        const int64_t* row = part.rows + (item.first + t) * 3;
-        const int64_t first = std::clamp<int64_t>(row[1] - place, 0, count);
-        const int64_t last = std::clamp<int64_t>(row[2] - place, 0, count);
-        const uint8_t* allowed = part.mask ? part.mask + (item.first + t) * part.length + place : nullptr;
-        for (int64_t g = 0; g < shape.group; ++g) {
-          const int64_t r = t * shape.group + g;
-          float* line = scores + r * BLOCK;
-          if (shape.softcap > 0)
-            for (int64_t j = 0; j < count; ++j) line[j] = shape.softcap * std::tanh(line[j] / shape.softcap);
-          for (int64_t j = 0; j < first; ++j) line[j] = NONE;
-          for (int64_t j = last; j < BLOCK; ++j) line[j] = NONE;
-          if (allowed)
-            for (int64_t j = first; j < last; ++j)
-              if (!allowed[j]) line[j] = NONE;
-          Vector best = all(NONE);
-          Whole strange{};
-          for (int64_t j = 0; j < BLOCK; j += W) {
-            Vector v = *reinterpret_cast<Loose*>(line + j);
-            best = v > best ? v : best;
-            strange |= v != v;
-          }
-          float top = most[r];
-          bool odd = false;
-          for (int i = 0; i < W; ++i) {
-            top = std::max(top, best[i]);
-            odd |= strange[i] != 0;
-          }
-          if (odd) top = std::numeric_limits<float>::quiet_NaN();
-          if (top == NONE) {  // nothing seen yet
-            std::fill(line, line + BLOCK, 0.0f);
-            continue;
-          }
-          const float shrink = most[r] == NONE ? 0.0f : std::exp(most[r] - top);
-          Vector total{};
-          for (int64_t j = 0; j < BLOCK; j += W) {
-            Loose* v = reinterpret_cast<Loose*>(line + j);
-            Vector weight = exponential(*v - top);
-            *v = weight;
-            total += weight;
-          }
-          if (odd) std::fill(line + first, line + last, top);
-          sums[r] = sums[r] * shrink + (odd ? top : sum(total));
-          most[r] = top;
-          if (shrink != 1.0f)
-            for (int64_t e = 0; e < E; ++e) weighted[r * E + e] *= shrink;
+  Blocks blocks(part, item);
+  for (Block block = blocks.next(), then; block.count; block = then) {
+    then = blocks.next();
+    const int64_t count = block.count, place = block.place;
+    const P* key = keys + block.slot * D;
+    const P* value = values + block.slot * E;
+    const Block& soon = then.count ? then : upcoming.block;
+    auto next_keys = Ahead<P>::of((then.count ? keys : upcoming.keys) + soon.slot * D, soon.count, D, count);
+    auto next_values = Ahead<P>::of((then.count ? values : upcoming.values) + soon.slot * E, soon.count, E, count);
+    if (by_pairs) {
+      if constexpr (halves) {
+        if (few) {
+          score_few(buffers.halves.data(), rows, D, key, count, shape.scaling, next_keys, scores);
+        } else {
+          turn(key, D, count, buffers.pairs.data());
+          score_many(buffers.halves.data(), rows, D, buffers.pairs.data(), shape.scaling, scores);
         }
       }
-      if (few || sizeof(P) == sizeof(float)) {
-        multiply<P>(scores, BLOCK, value, E, weighted, E, rows, E, count);
-      } else {
-        float* wide = buffers.values.data();
-        int64_t i = 0;
-        for (; i + W <= count * E; i += W) *reinterpret_cast<Loose*>(wide + i) = Element<P>::load(value + i);
-        for (; i < count * E; ++i) wide[i] = Element<P>::one(value + i);
-        multiply<float>(scores, BLOCK, wide, E, weighted, E, rows, E, count);
+    } else if (few) {
+      score<P>(q, rows, D, key, count, next_keys, scores);
+    } else {
+      float* turned = buffers.keys.data();
+      for (int64_t j = 0; j < count; ++j)
+        for (int64_t d = 0; d < D; ++d) turned[d * BLOCK + j] = Element<P>::one(key + j * D + d);
+      for (int64_t j = count; j < BLOCK; ++j)
+        for (int64_t d = 0; d < D; ++d) turned[d * BLOCK + j] = 0;
+      std::fill(scores, scores + rows * BLOCK, 0.0f);
+      multiply<float>(q, D, turned, BLOCK, scores, BLOCK, rows, BLOCK, D);
+    }
+    for (int64_t t = 0; t < tokens; ++t) {
+      const int64_t* row = part.rows + (item.first + t) * 3;
+      const int64_t first = std::clamp<int64_t>(row[1] - place, 0, count);
+      const int64_t last = std::clamp<int64_t>(row[2] - place, 0, count);
+      const uint8_t* allowed = part.mask ? part.mask + (item.first + t) * part.length + place : nullptr;
+      for (int64_t g = 0; g < shape.group; ++g) {
+        const int64_t r = t * shape.group + g;
+        float* line = scores + r * BLOCK;
+        if (shape.softcap > 0)
+          for (int64_t j = 0; j < count; ++j) line[j] = shape.softcap * std::tanh(line[j] / shape.softcap);
+        for (int64_t j = 0; j < first; ++j) line[j] = NONE;
+        for (int64_t j = last; j < BLOCK; ++j) line[j] = NONE;
+        if (allowed)
+          for (int64_t j = first; j < last; ++j)
+            if (!allowed[j]) line[j] = NONE;
+        Vector best = all(NONE);
+        Whole strange{};
+        for (int64_t j = 0; j < BLOCK; j += W) {
+          Vector v = *reinterpret_cast<Loose*>(line + j);
+          best = v > best ? v : best;
+          strange |= v != v;
+        }
+        float top = std::max(most[r], greatest(best));
+        const bool odd = any(strange);
+        if (odd) top = std::numeric_limits<float>::quiet_NaN();
+        if (top == NONE) {  // nothing seen yet
+          std::fill(line, line + BLOCK, 0.0f);
+          continue;
+        }
+        const float shrink = most[r] == NONE ? 0.0f : std::exp(most[r] - top);
+        Vector total{};
+        for (int64_t j = 0; j < BLOCK; j += W) {
+          Loose* v = reinterpret_cast<Loose*>(line + j);
+          Vector weight = exponential(*v - top);
+          *v = weight;
+          total += weight;
+        }
+        if (odd) std::fill(line + first, line + last, top);
+        sums[r] = sums[r] * shrink + (odd ? top : sum(total));
+        most[r] = top;
+        if (shrink != 1.0f)
+          for (int64_t e = 0; e < E; ++e) weighted[r * E + e] *= shrink;
       }
     }
-    at += length;
+    if (few || sizeof(P) == sizeof(float)) {
+      multiply<P>(scores, BLOCK, value, E, weighted, E, rows, E, count, &next_values);
+    } else {
+      float* wide = buffers.values.data();
+      int64_t i = 0;
+      for (; i + W <= count * E; i += W) *reinterpret_cast<Loose*>(wide + i) = Element<P>::load(value + i);
+      for (; i < count * E; ++i) wide[i] = Element<P>::one(value + i);
+      multiply<float>(scores, BLOCK, wide, E, weighted, E, rows, E, count);
+    }
   }
 }
 
@@ -355,10 +447,20 @@ void finish(const std::vector<std::vector<std::pair<int64_t, int64_t>>>& pieces,
           most = best;
         }
         T* to = output + (token * shape.heads + head) * E;
-        for (int64_t e = 0; e < E; ++e) to[e] = Element<T>::rounded(merged[e] / total);
+        int64_t e = 0;
+        for (; e + W <= E; e += W) Element<T>::store(to + e, *reinterpret_cast<Loose*>(merged.data() + e) / total);
+        for (; e < E; ++e) to[e] = Element<T>::rounded(merged[e] / total);
       }
     }
   });
+}
+
+template <typename T, typename P>
+void keep(const T* from, int64_t count, P* to) {
+  if constexpr (std::is_same_v<T, P>)
+    std::memcpy(static_cast<void*>(to), from, count * sizeof(T));
+  else
+    for (int64_t i = 0; i < count; ++i) to[i] = Element<P>::rounded(Element<T>::one(from + i));
 }
 
 template <typename T, typename P>
@@ -378,8 +480,8 @@ void attend_as(const at::Tensor& query, const at::Tensor& key, const at::Tensor&
       const T* v = value.const_data_ptr<T>() + h * value.stride(1) + i * value.stride(2);
       P* kept_key = pool_keys + (h * S + slots[i]) * D;
       P* kept_value = pool_values + (h * S + slots[i]) * E;
-      for (int64_t d = 0; d < D; ++d) kept_key[d] = Element<P>::rounded(Element<T>::one(k + d));
-      for (int64_t e = 0; e < E; ++e) kept_value[e] = Element<P>::rounded(Element<T>::one(v + e));
+      keep(k, D, kept_key);
+      keep(v, E, kept_value);
     }
   std::vector<Part> parts(part_count);
   int64_t work = 0;
@@ -420,10 +522,17 @@ void attend_as(const at::Tensor& query, const at::Tensor& key, const at::Tensor&
   std::atomic<size_t> next{0};
   at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     static thread_local Buffers buffers;
-    for (size_t i; (i = next.fetch_add(1)) < items.size();) {
+    for (size_t i = next.fetch_add(1), then; i < items.size(); i = then) {
+      then = next.fetch_add(1);
+      Upcoming<P> upcoming{pool_keys, pool_values, {}};
+      if (then < items.size()) {
+        const Item& item = items[then];
+        upcoming = {pool_keys + item.head * S * D, pool_values + item.head * S * E,
+                    Blocks(parts[item.part], item).next()};
+      }
       const Item& item = items[i];
       run<T, P>(item, parts[item.part], shape, query, pool_keys + item.head * S * D, pool_values + item.head * S * E,
-             buffers, results + item.scratch);
+                upcoming, buffers, results + item.scratch);
     }
   });
   finish<T>(pieces, items, shape, results, sinks, output.data_ptr<T>());

@@ -1,8 +1,9 @@
-"""The attention kernel: a C++ operator, built once for a machine and a release of torch, kept in the user's cache.
+"""Kernels: C++ operators, built once for a machine and a release of torch, kept in the user's cache.
 
-It reads keys and values where they lie in the pool, any path of any tree, and a prefix that many paths share once for
-all of them (`attention.cpp`). Where there is no C++ compiler, or on a GPU, attention is plain torch (`plan.py`); a
-GPU may use `flex.py`.
+Attention reads keys and values where they lie in the pool, any path of any tree, and a prefix that many paths share
+once for all of them (`attention.cpp`). Products of a few rows with bfloat16 weights cost no more than reading these
+(`products.cpp`); they are there where the processor multiplies bfloat16, and compiled passes alone use them. Where
+there is no C++ compiler, or on a GPU, attention is plain torch (`plan.py`); a GPU may use `flex.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
 import torch
@@ -23,7 +23,8 @@ from unspool.errors import ModelError
 from unspool.huggingface import cache
 
 _log = logging.getLogger(__name__)
-_SOURCE = Path(__file__).with_name("attention.cpp")
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("attention.cpp", "products.cpp"))
+_HEADER = Path(__file__).with_name("vectors.h")
 _FLAGS = ("-O3", "-std=c++20", "-shared", "-fPIC", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi")
 _TIMEOUT_S = 600
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -49,7 +50,8 @@ def machine() -> str:
 
 def path() -> Path:
     """Give where the built kernel is, or would be."""
-    source = hashlib.sha256(_SOURCE.read_bytes() + " ".join(_FLAGS).encode()).hexdigest()[:16]
+    text = b"".join(file.read_bytes() for file in (*_SOURCES, _HEADER)) + " ".join(_FLAGS).encode()
+    source = hashlib.sha256(text).hexdigest()[:16]
     return cache_folder() / f"attention-{machine()}-{source}.so"
 
 
@@ -77,12 +79,11 @@ def build() -> Path:
     openmp = ("-fopenmp", "-DAT_PARALLEL_OPENMP=1") if platform.system() == "Linux" else ()
     native = ("-mcpu=native",) if platform.machine() in ("arm64", "aarch64") else ("-march=native",)
     includes = [part for folder in cpp_extension.include_paths() for part in ("-isystem", folder)]
-    built.parent.mkdir(parents=True, exist_ok=True)
     _log.info("building the attention kernel (once)")
-    with tempfile.TemporaryDirectory(dir=built.parent, prefix="draft-") as draft:
-        output = Path(draft) / built.name
+    with cache.draft(built.parent) as draft:
+        output = draft / built.name
         links = [f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-ltorch_cpu", "-lc10"]
-        words = [command, *_FLAGS, *native, *openmp, *includes, str(_SOURCE), "-o", str(output), *links]
+        words = [command, *_FLAGS, *native, *openmp, *includes, *map(str, _SOURCES), "-o", str(output), *links]
         try:
             done = subprocess.run(words, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
         except (OSError, subprocess.TimeoutExpired) as error:
@@ -106,14 +107,25 @@ def load() -> bool:
         built.unlink(missing_ok=True)
         return False
 
-    torch.library.register_fake("unspool::attend", _shape)
+    torch.library.register_fake("unspool::attend", _attended)
+    if hasattr(torch.ops.unspool, "project"):
+        torch.library.register_fake("unspool::project", _projected)
     return True
 
 
-def _shape(*arguments: torch.Tensor) -> torch.Tensor:
+def _attended(*arguments: torch.Tensor) -> torch.Tensor:
     """Say what comes out, for the compiler."""
     query, _, value, *_ = arguments
     return query.new_empty((1, query.shape[2], query.shape[1], value.shape[3]))
+
+
+def _projected(x: torch.Tensor, weight: torch.Tensor, _: torch.Tensor | None) -> torch.Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+def multiplies() -> bool:
+    """Say whether there are products of a few rows here: `torch.ops.unspool.project`."""
+    return available() and hasattr(torch.ops.unspool, "project")
 
 
 def available() -> bool:

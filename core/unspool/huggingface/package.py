@@ -1,9 +1,12 @@
 """Compiled passes: the model's own code as one graph of machine code, attention by the kernel, weights laid out for it.
 
-A *package* is what AOTInductor makes of the model for passes of so many tokens: one for a single token, one for a few
-(decoding, drafts), one for many (prompts), because other products are quickest for each. Its weights are frozen into
-it, in the order in which its products read them. It is made once for a machine, a model and a number of threads, takes
-minutes, and lies in the user's cache; loading it takes a second.
+A *package* is what AOTInductor makes of the model for passes of so many tokens: one for a single token, one for some
+and one for a few (decoding, drafts), one for many (prompts), because other products are quickest for each. Its weights
+are frozen into it, in the order in which its products read them. It is made once for a machine, a model and a number of
+threads, takes minutes, and lies in the user's cache; loading it takes a second.
+
+Passes of up to eight tokens can cost what reading the weights does, but the compiler's products then take twice as
+long. So bfloat16 models have a package for these in which products are the kernel's own (`products.cpp`).
 
 A processor without bfloat16 instructions multiplies float32 several times faster. There the packages for more than one
 token hold the weights as float32 and compute in it (the cache stays bfloat16), and only the pass of one token, which
@@ -17,7 +20,6 @@ import functools
 import hashlib
 import json
 import logging
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -33,12 +35,12 @@ from torch.export import Dim
 from transformers import PreTrainedModel
 
 from unspool.errors import ModelError
-from unspool.huggingface import kernel
+from unspool.huggingface import cache, kernel
 from unspool.huggingface.attention import Call
 from unspool.huggingface.int8 import widen
 from unspool.huggingface.pool import Layer, Pool
 from unspool.huggingface.probe import allowed, difference
-from unspool.huggingface.projections import can_pack, join
+from unspool.huggingface.projections import can_pack, join, multiply_by_kernel
 from unspool.huggingface.table import Table, TablePlan, attend_by_kernel
 from unspool.runner import Batch, Output, Span
 
@@ -64,12 +66,14 @@ class Kind:
         tuned: the number of tokens for which its products are tuned.
         first: the fewest tokens of a pass that it runs.
         last: the most.
+        own_products: its products are the kernel's, where it has some for the model.
     """
 
     name: str
     tuned: int
     first: int
     last: int
+    own_products: bool = False
 
     @property
     def tokens(self) -> str:
@@ -77,7 +81,13 @@ class Kind:
         return f"{self.name} token{'s' if self.last > 1 else ''}"
 
 
-KINDS = (Kind("one", 1, 1, 1), Kind("few", 16, 2, 64), Kind("many", 256, 65, 1 << 16))
+KINDS = (
+    Kind("one", 1, 1, 1),
+    Kind("some", 4, 2, 8, own_products=True),
+    Kind("few", 16, 2, 64),
+    Kind("many", 256, 65, 1 << 16),
+)
+"""Of two that run the same passes, the first is quicker."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +108,12 @@ class Subject:
     def windows(self) -> list[int | None]:
         """Give the windows that its layers have, each once: each has a table of its own."""
         return list(dict.fromkeys(layer.window for layer in self.layers))
+
+    @property
+    def kinds(self) -> list[Kind]:
+        """List the packages that there are for it on this machine."""
+        own = self.model.dtype == torch.bfloat16 and kernel.multiplies()
+        return [kind for kind in KINDS if own or not kind.own_products]
 
     @functools.cached_property
     def setting(self) -> str:
@@ -124,7 +140,7 @@ class Subject:
         """List the packages that are there. The weights are read only where others of their setting are."""
         if not any(kernel.cache_folder().glob(f"{self.setting}-*.pt2")):
             return []
-        return [kind for kind in KINDS if self.path(kind).is_file()]
+        return [kind for kind in self.kinds if self.path(kind).is_file()]
 
 
 class Package:
@@ -227,15 +243,16 @@ def make(subject: Subject, kind: Kind) -> Path:
     if kind.last > 1:  # more tokens do not only read the weights: they multiply
         widen(model, torch.float32 if dtype.itemsize == 2 and not can_pack(dtype) else dtype)
     join(model)
+    if kind.own_products:
+        multiply_by_kernel(model)
     subject = Subject(model, subject.layers, subject.listening)
-    made.parent.mkdir(parents=True, exist_ok=True)
     _log.info("compiling passes of %s (once)", kind.tokens)
     select_algorithm.PRINT_AUTOTUNE = False
     try:
-        with torch.no_grad(), tempfile.TemporaryDirectory(dir=made.parent, prefix="draft-") as draft:
+        with torch.no_grad(), cache.draft(made.parent) as draft:
             inputs, dynamic = _example(subject, kind)
             program = torch.export.export(_Pass(subject, dtype), inputs, dynamic_shapes=dynamic, strict=False)
-            path = Path(draft) / made.name
+            path = draft / made.name
             torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=dict(_OPTIONS))
             _compare(Package(path, own, kind), own)
             path.replace(made)  # whole or absent, whoever else makes it

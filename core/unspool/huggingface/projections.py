@@ -56,11 +56,11 @@ class Part(nn.Module):
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self._joint, self._start = joint, start
+        self.joint, self._start = joint, start
 
     def forward(self, x: Tensor) -> Tensor:
         """Project `x` `[..., in]` to `[..., out]`."""
-        return self._joint.columns(x, self._start, self._start + self.out_features)
+        return self.joint.columns(x, self._start, self._start + self.out_features)
 
 
 class Packed(nn.Module):
@@ -86,6 +86,40 @@ class Packed(nn.Module):
         own = x.to(self._dtype)
         product: Tensor = torch.ops.mkldnn._linear_pointwise(own, self._packed, self._bias, "none", [], "")
         return product.to(x.dtype)
+
+
+class Projection(nn.Module):
+    """A linear layer whose product is the kernel's, for a few rows of bfloat16 (`kernel.multiplies`).
+
+    Args:
+        linear: the layer that it stands for. Its rows are a multiple of `WIDTHS` wide.
+    """
+
+    WIDTHS = 32
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Project `x` `[..., in]` to `[..., out]`."""
+        width, depth = self.weight.shape
+        product: Tensor = torch.ops.unspool.project(x.reshape(-1, depth), self.weight, self.bias)
+        return product.view(*x.shape[:-1], width)
+
+
+def multiply_by_kernel(model: nn.Module) -> None:
+    """Have the kernel multiply in all linear layers of a model, and in those that are joined, as far as it can."""
+
+    def by_kernel(module: nn.Module) -> nn.Module:
+        fits = type(module) is nn.Linear and module.in_features % Projection.WIDTHS == 0
+        return Projection(module) if fits else module  # type: ignore[arg-type]
+
+    for joint in {module.joint for module in model.modules() if isinstance(module, Part)}:
+        joint.project = by_kernel(joint.project)
+    for name, module in list(model.named_modules()):
+        if name:
+            model.set_submodule(name, by_kernel(module))
 
 
 @torch.no_grad()

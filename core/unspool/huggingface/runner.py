@@ -28,7 +28,7 @@ from unspool.huggingface.attention import Attends
 from unspool.huggingface.compiler import Compiler
 from unspool.huggingface.flex import FlexPlan
 from unspool.huggingface.graphs import Graphs
-from unspool.huggingface.package import KINDS, Subject
+from unspool.huggingface.package import Subject
 from unspool.huggingface.plan import Plan
 from unspool.huggingface.pool import Pool
 from unspool.huggingface.table import TablePlan
@@ -141,9 +141,10 @@ class HuggingFaceRunner:
 
     @property
     def compiled(self) -> Sequence[str]:
-        """Name what runs as code made for it: `attention`, passes of `one`, `few` and `many` tokens; `graphs`."""
+        """Name what runs as code made for it: `attention`; passes of `one`, `some`, `few`, `many` tokens; `graphs`."""
         if self._flex:
-            return ["attention", Graphs.name]
+            unrecorded = any(isinstance(made, Graphs) and not made.records for made in self._made)
+            return ["attention", *([] if unrecorded else [Graphs.name])]
         return [*(["attention"] if self._kernel else []), *(made.name for made in self._made)]
 
     @property
@@ -158,7 +159,7 @@ class HuggingFaceRunner:
         made = subject.made() if self._kernel else []
         if sum(subject.path(kind).stat().st_size for kind in made) < self.free_bytes() // 2:
             self._made = [found for kind in made if (found := package.loaded(subject, kind))]
-        return len(self._made) == len(KINDS)
+        return self._kernel and len(self._made) == len(subject.kinds)
 
     def slot_bytes(self) -> int:
         """Bytes of keys and values that one slot takes."""

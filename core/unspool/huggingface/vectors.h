@@ -1,0 +1,133 @@
+// Vectors of float32 as wide as the processor has them, how they are loaded and stored in each dtype, and products of pairs
+// of bfloat16 numbers where it has those.
+#pragma once
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+namespace unspool {
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#else
+constexpr int W = 8;
+#endif
+#if defined(__AVX512BF16__)
+constexpr bool PAIRS = true;  // two bfloat16 numbers are multiplied with two others at once
+#else
+constexpr bool PAIRS = false;
+#endif
+typedef float Vector __attribute__((vector_size(W * 4)));
+typedef float Loose __attribute__((vector_size(W * 4), aligned(4), may_alias));
+typedef int32_t Whole __attribute__((vector_size(W * 4)));
+typedef uint32_t Word __attribute__((vector_size(W * 4)));
+typedef uint16_t Half __attribute__((vector_size(W * 2)));
+
+template <typename T>
+struct Element;
+
+template <>
+struct Element<float> {
+  static Vector load(const float* p) { return *reinterpret_cast<const Loose*>(p); }
+  static float one(const float* p) { return *p; }
+  static void store(float* p, Vector v) { *reinterpret_cast<Loose*>(p) = v; }
+  static float rounded(float x) { return x; }
+};
+
+template <>
+struct Element<c10::BFloat16> {
+  static Vector load(const c10::BFloat16* p) {
+    Half half;
+    std::memcpy(&half, p, sizeof half);
+    Word word = __builtin_convertvector(half, Word) << 16;
+    return reinterpret_cast<Vector>(word);
+  }
+  static float one(const c10::BFloat16* p) { return static_cast<float>(*p); }
+  static void store(c10::BFloat16* p, Vector v) {
+    const Word bits = reinterpret_cast<Word>(v), nearest = bits + 0x7fff + ((bits >> 16) & 1);
+    const Half half = __builtin_convertvector((v == v ? nearest : bits | 0x400000) >> 16, Half);
+    std::memcpy(p, &half, sizeof half);
+  }
+  static c10::BFloat16 rounded(float x) { return c10::BFloat16(x); }
+};
+
+template <>
+struct Element<c10::Half> {
+  static Vector load(const c10::Half* p) {
+    Vector out;
+    for (int i = 0; i < W; ++i) out[i] = static_cast<float>(p[i]);
+    return out;
+  }
+  static float one(const c10::Half* p) { return static_cast<float>(*p); }
+  static void store(c10::Half* p, Vector v) {
+    for (int i = 0; i < W; ++i) p[i] = c10::Half(v[i]);
+  }
+  static c10::Half rounded(float x) { return c10::Half(x); }
+};
+
+inline Vector all(float x) { return x - Vector{}; }  // unlike 0 + x, nothing is left of it but the copies
+
+// Join all numbers of a vector by an operation on two vectors.
+template <typename V, typename Join>
+inline auto joined(V v, Join join) {
+#if defined(__AVX512F__)
+  auto half = join(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7),
+                   __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
+#else
+  auto half = v;
+#endif
+  auto four = join(__builtin_shufflevector(half, half, 0, 1, 2, 3), __builtin_shufflevector(half, half, 4, 5, 6, 7));
+  auto two = join(four, __builtin_shufflevector(four, four, 2, 3, 0, 1));
+  return join(two, __builtin_shufflevector(two, two, 1, 0, 3, 2))[0];
+}
+
+inline float sum(Vector v) {
+  return joined(v, [](auto a, auto b) { return a + b; });
+}
+
+inline float greatest(Vector v) {
+  return joined(v, [](auto a, auto b) { return a > b ? a : b; });
+}
+
+inline bool any(Whole v) {
+  return joined(v, [](auto a, auto b) { return a | b; }) != 0;
+}
+
+#if defined(__AVX512BF16__)
+// Add to each number the products of the two pairs at its place of `a` and `b`, 32 bfloat16 numbers each.
+inline Vector paired(Vector total, const void* a, const void* b) {
+  const auto left = reinterpret_cast<__m512bh>(_mm512_loadu_si512(a));
+  const auto right = reinterpret_cast<__m512bh>(_mm512_loadu_si512(b));
+  return reinterpret_cast<Vector>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(total), left, right));
+}
+
+// Give the sum of each of 16 vectors: each step adds what halves of two vectors are left of, side by side.
+inline Vector sums(const Vector* v) {
+  Vector four[4];
+  for (int m = 0; m < 4; ++m) {
+    auto halves = [](Vector a, Vector b) {
+      return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+             __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    };
+    const Vector a = halves(v[m], v[4 + m]), b = halves(v[8 + m], v[12 + m]);
+    four[m] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+              __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+  }
+  auto twos = [](Vector a, Vector b) {
+    return __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+           __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  };
+  const Vector a = twos(four[0], four[1]), b = twos(four[2], four[3]);
+  return __builtin_shufflevector(a, b, 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30) +
+         __builtin_shufflevector(a, b, 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31);
+}
+#endif
+
+}  // namespace unspool
