@@ -1,29 +1,35 @@
 """The laws on a tiny float32 network that is compiled: attention by the kernel, passes by packages.
 
 In float32 the last bits depend on the shape of a batch, so texts are compared and scores are not; `asap`, whose weights
-are sums over all its texts, is left out.
+are sums over all its texts, is left out. A text that hangs on these bits proves nothing: one that also changes when
+logits and hidden states move by `TOLERANCE`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pipelines import PIPELINES, drafters, requests, slots_for
+from torch import Tensor
 
 from unspool.huggingface import HuggingFaceRunner, kernel, package
-from unspool.request import Result
+from unspool.request import PreparedRequest, Result
+from unspool.runner import Batch, ModelRunner, Output
 from unspool_testing.compare import circumstances, with_pipeline, with_plugin
 from unspool_testing.compiling import untuned
 from unspool_testing.driver import alone, drive
 from unspool_testing.networks import tiny_model
+from unspool_testing.runners import CountingRunner
 
 pytestmark = [pytest.mark.skipif(kernel.compiler() is None, reason="no C++ compiler"), pytest.mark.slow]
 VOCAB = 64
 MADE = {name: make() for name, make in PIPELINES.items() if name != "asap"}
+TOLERANCE = 2e-5
 COMPILED = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -46,6 +52,37 @@ def texts(results: list[Result]) -> list[list[tuple[int, ...]]]:
     return [[tuple(text.token_ids) for text in result.hypotheses] for result in results]
 
 
+class Shaken(CountingRunner):
+    """Moves all that a model says by a little noise.
+
+    Args:
+        runner: the one that works.
+        seed: gives the same noise again.
+    """
+
+    def __init__(self, runner: ModelRunner, seed: int) -> None:
+        super().__init__(runner)
+        self._random = torch.Generator().manual_seed(seed)
+
+    def forward(self, batch: Batch) -> Output:
+        output = super().forward(batch)
+        hidden = {number: self._moved(states) for number, states in output.hidden.items()}
+        return Output(self._moved(output.logits), hidden)
+
+    def _moved(self, values: Tensor) -> Tensor:
+        return values + TOLERANCE * (2 * torch.rand(values.shape, generator=self._random) - 1)
+
+
+def check_alike(
+    found: list[Result], expected: list[Result], asked: list[PreparedRequest], model: Any, draft: Any
+) -> None:
+    """Check that two ways of running the same requests gave the same texts."""
+    if texts(found) != texts(expected):
+        shaken = [alone(Shaken(model, seed), asked, {"draft": Shaken(draft, seed)}) for seed in range(20)]
+        for number, (one, other) in enumerate(zip(texts(found), texts(expected), strict=True)):
+            assert one == other or any(texts(results)[number] != other for results in shaken)
+
+
 @COMPILED
 @given(st.data())
 def test_a_request_gives_what_it_gives_alone_whatever_the_circumstances(
@@ -55,7 +92,7 @@ def test_a_request_gives_what_it_gives_alone_whatever_the_circumstances(
     asked = [data.draw(requests(MADE[name], VOCAB)) for name in names]
     least = max(slots_for(one, name) for one, name in zip(asked, names, strict=True))
     among = drive(model, asked, data.draw(circumstances(len(asked), least)), {"draft": draft})
-    assert texts(among) == texts(alone(model, asked, {"draft": draft}))
+    check_alike(among, alone(model, asked, {"draft": draft}), asked, model, draft)
 
 
 @COMPILED
@@ -68,7 +105,7 @@ def test_no_drafter_changes_a_text(model: HuggingFaceRunner, draft: HuggingFaceR
     one = data.draw(requests(MADE[name], VOCAB))
     drafting = with_plugin(MADE[name], made)
     drafted = alone(model, [with_pipeline(one, drafting)], {"draft": draft})
-    assert texts(drafted) == texts(alone(model, [one], {"draft": draft}))
+    check_alike(drafted, alone(model, [one], {"draft": draft}), [one], model, draft)
 
 
 @COMPILED
@@ -80,4 +117,4 @@ def test_a_compiled_model_gives_the_texts_of_the_models_own_code(
     one = data.draw(requests(MADE[name], VOCAB))
     own = HuggingFaceRunner(tiny_model("llama", torch.float32), compiled=False)
     compiled, plain = (alone(runner, [one], {"draft": draft}) for runner in (model, own))
-    assert texts(compiled) == texts(plain)
+    check_alike(compiled, plain, [one], own, draft)

@@ -3,7 +3,8 @@
 What is wanted near the end of a budget is some short completion, not a proof that none is shorter. It is looked for in
 depth, from short limits to long ones. At every place those tokens are tried first that end the text, then those after
 which the language leaves no choice: they finished something. Among the others those that close come first: brackets,
-quotes, then other marks, digits, letters, and last what opens or continues. Text that the language forces is one move.
+quotes, then other marks, digits (0 after the others, with which a number is positive), letters, and last what opens or
+continues. Text that the language forces is one move.
 A way that was found is kept as long as it still leads to the end, so that most tokens cost one walk along it.
 
 Costs a mask a place that is looked at, some 50 microseconds; a search looks at no more than `PLACES` for each limit.
@@ -30,7 +31,8 @@ _KINDS = (
     b'"',
     b"'`",
     b"",
-    b"0123456789",
+    b"123456789",
+    b"0",
     b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ",
     b"\n",
     b" \t\r",
