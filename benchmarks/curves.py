@@ -81,7 +81,7 @@ AXES = {
     "width": Axis(
         (1, 2, 4, 8, 16),
         (1, 4, 8),
-        lambda width, new, seed: Job(random_prompts([128], seed), new, width=width),
+        lambda width, new, seed: Job(random_prompts([128], 100 * width + seed), new, width=width),
         needs="beam",
         decode=False,
     ),

@@ -162,7 +162,7 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with (
-        unspool.Engine.load("smollm2", dtype=options.dtype, device=options.device) as engine,
+        unspool.Engine.load("smollm2", dtype=options.dtype, device=options.device, prefix_cache=False) as engine,
         Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress,
     ):
         for size in options.batches:

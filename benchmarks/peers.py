@@ -67,7 +67,8 @@ class Kind:
 
     def job(self, number: int, new: int) -> Job:
         """Make the job of a round."""
-        prompts = random_prompts(self.lengths, number)
+        seed = number + 100 * len(self.lengths) + 10_000 * self.width  # no prompt twice: ours would be kept
+        prompts = random_prompts(self.lengths, seed)
         common = random_prompts([self.shared], number + 1000)[0]
         return Job([common + prompt for prompt in prompts], self.new or new, self.width)
 

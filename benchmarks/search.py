@@ -81,7 +81,7 @@ class Ours:
     """The engine, with the model loaded."""
 
     def __init__(self, dtype: str, device: str) -> None:
-        self._engine = unspool.Engine.load("smollm2", dtype=dtype, device=device)
+        self._engine = unspool.Engine.load("smollm2", dtype=dtype, device=device, prefix_cache=False)
         self._taken = Taken(self._engine)
         self.megabytes = 0.0
 

@@ -72,7 +72,7 @@ class Ours:
     """The engine, with the model loaded."""
 
     def __init__(self, dtype: str, device: str, new: int) -> None:
-        self.engine = unspool.Engine.load("smollm2", dtype=dtype, device=device)
+        self.engine = unspool.Engine.load("smollm2", dtype=dtype, device=device, prefix_cache=False)
         self._new = new
 
     def say(self, prompts: Sequence[str], drafters: Sequence[str]) -> Said:

@@ -63,7 +63,7 @@ class Side:
     def __init__(self, name: str, dtype: str, device: str) -> None:
         self.name = name
         if name == "unspool":
-            self._engine = unspool.Engine.load("smollm2", dtype=dtype, device=device)
+            self._engine = unspool.Engine.load("smollm2", dtype=dtype, device=device, prefix_cache=False)
         else:
             folder = local_folder("smollm2")
             self._model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
