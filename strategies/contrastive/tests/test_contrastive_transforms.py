@@ -32,7 +32,7 @@ from unspool_contrastive.search import ContrastiveSearch
 from unspool_testing import hosts
 from unspool_testing.compare import check_batch, check_speculation
 from unspool_testing.drafters import GuessChains, GuessTrees
-from unspool_testing.driver import Circumstances, alone, plugin, request
+from unspool_testing.driver import Circumstances, alone, drive, plugin, request
 from unspool_testing.networks import tiny_model
 from unspool_testing.table import TableModel
 
@@ -390,13 +390,15 @@ def test_after_log_softmax_the_logits_themselves_are_those_of_transformers() -> 
 
 
 def test_a_scale_of_one_changes_nothing() -> None:
-    results = []
-    for plugins in ([], [build("guidance", scale=1.0, negative_prompt=list(NEGATIVE))]):
-        pipeline = Pipeline(plugin(hosts.Drawn), plugins)
-        results += run("gpt2", [request(pipeline, PROMPTS[0], max_new_tokens=12, logprobs="pipeline")])
-    one, other = (result.hypotheses[0] for result in results)
-    assert one.token_ids == other.token_ids
-    assert one.logprobs == pytest.approx(other.logprobs, rel=1e-12)  # a pass of two rows rounds otherwise
+    plain, guided = (
+        Pipeline(plugin(hosts.Drawn), plugins)
+        for plugins in ([], [build("guidance", scale=1.0, negative_prompt=list(NEGATIVE))])
+    )
+    settings: dict[str, Any] = {"max_new_tokens": 12, "end_ids": (), "logprobs": "pipeline"}
+    # Both passes have the same shape: beside the plain request one runs from the negative prompt.
+    result, _ = drive(ours("gpt2"), [request(plain, prompt, **settings) for prompt in (PROMPTS[0], NEGATIVE)])
+    (same,) = run("gpt2", [request(guided, PROMPTS[0], **settings)])
+    assert result.hypotheses == same.hypotheses
 
 
 def test_guidance_costs_a_second_row_beside_every_row() -> None:
