@@ -14,6 +14,7 @@ import dataclasses
 import importlib.metadata
 import itertools
 import json
+import os
 import queue
 import secrets
 import threading
@@ -68,6 +69,10 @@ def _close_all() -> None:
     """Stop engines that nobody has closed: a thread that Python ends inside a tensor operation ends the process."""
     for engine in list(_WORKING):
         engine.close()
+
+
+if hasattr(os, "register_at_fork"):  # the threads are not there in a child
+    os.register_at_fork(after_in_child=_WORKING.clear)
 
 
 class Engine:
