@@ -46,7 +46,7 @@ def prompt(length: int, vocab: int) -> Batch:
 
 
 @torch.no_grad()
-def ways(dtype: torch.dtype) -> list[Sequence[nn.Module]]:
+def ways(dtype: torch.dtype) -> list[Sequence[Any]]:
     """Give all linear layers of the model, in order, the output matrix last: in each way in which they can multiply."""
     model = AutoModelForCausalLM.from_pretrained(local_folder("smollm2"), dtype=dtype).eval()
     join(model)
@@ -60,16 +60,15 @@ def ways(dtype: torch.dtype) -> list[Sequence[nn.Module]]:
     return [linears, *([Packed(linear.weight, linear.bias, each) for linear in linears] for each in packs)]
 
 
-def products(linears: Sequence[nn.Module], rows: int, wanted: int, dtype: torch.dtype) -> Callable[[], None]:
+def products(linears: Sequence[Any], rows: int, wanted: int, dtype: torch.dtype) -> Callable[[], None]:
     """Give a function that runs them."""
     *within, head = linears
-    widths: set[int] = {int(linear.in_features) for linear in linears}  # type: ignore[arg-type]
-    inputs = {width: torch.randn(rows, width).to(dtype) for width in widths}
-    last = torch.randn(wanted, head.in_features).to(dtype)  # type: ignore[call-overload]
+    inputs = {width: torch.randn(rows, width).to(dtype) for width in {linear.in_features for linear in linears}}
+    last = torch.randn(wanted, head.in_features).to(dtype)
 
     def run() -> None:
         for linear in within:
-            linear(inputs[linear.in_features])  # type: ignore[index]
+            linear(inputs[linear.in_features])
         head(last)
 
     return run

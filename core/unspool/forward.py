@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from unspool.errors import ModelError
 from unspool.group import Group
-from unspool.lane import Cache, Lane, Share, run
+from unspool.lane import Cache, Lane, Share, run_together
 from unspool.live import Live
 from unspool.schedule import Plan, Scheduler, Short
 
@@ -35,7 +35,7 @@ class Forward:
                 continue
             hidden = {layer for group in groups for layer in group.pipeline.hidden} if self._main in shares else ()
             try:
-                readings = run(shares, sorted(hidden))
+                readings = run_together(shares, sorted(hidden))
             except Exception as error:  # such as too little memory for this batch: those that wait go on
                 fault = ModelError(f"the forward pass failed: {type(error).__name__}: {error}")
                 for live in dict.fromkeys(share.live for own in shares.values() for share in own):

@@ -281,8 +281,8 @@ class Lane:
         return Share(live, range(track.done, len(track.prompt)), list(ancestors))
 
     def run(self, shares: Sequence[Share]) -> Readings:
-        """Run a packed pass of this lane alone; see `run`."""
-        return run({self: shares})[self]
+        """Run a packed pass of this lane alone; see `run_together`."""
+        return run_together({self: shares})[self]
 
     def keep(self, share: Share) -> None:
         """Give a piece of a prompt that has just run to the tree, but for the last token, which may be run again."""
@@ -332,7 +332,7 @@ class Lane:
         self._trails.pop(node, None)
 
 
-def run(shares: Mapping[Lane, Sequence[Share]], hidden: Sequence[int] = ()) -> dict[Lane, Readings]:
+def run_together(shares: Mapping[Lane, Sequence[Share]], hidden: Sequence[int] = ()) -> dict[Lane, Readings]:
     """Run one packed pass of lanes that share a cache and run the same layers.
 
     Args:

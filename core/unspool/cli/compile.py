@@ -60,7 +60,6 @@ def _compiled(settings: dict[str, Any], threads: int | None) -> list[dict[str, A
     import torch
     from rich.console import Console
 
-    from unspool.errors import ModelError
     from unspool.huggingface import kernel, package
     from unspool.huggingface.load import load
 
@@ -79,8 +78,6 @@ def _compiled(settings: dict[str, Any], threads: int | None) -> list[dict[str, A
 
     step("attention", kernel.path(), kernel.build)
     runner = load(**settings, quick=False).runner
-    if not kernel.available():
-        raise ModelError("the attention kernel cannot be loaded here")
     for kind in runner.subject.kinds:
         step(
             f"passes of {kind.tokens}", runner.subject.path(kind), lambda kind=kind: package.make(runner.subject, kind)

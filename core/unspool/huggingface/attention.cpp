@@ -205,7 +205,7 @@ inline void turn(const at::BFloat16* keys, int64_t width, int64_t count, int32_t
           w[i + 8 * k] = _mm512_shuffle_i32x4(v[8 * k + i], v[8 * k + 4 + i], 0x88);
           w[i + 8 * k + 4] = _mm512_shuffle_i32x4(v[8 * k + i], v[8 * k + 4 + i], 0xdd);
         }
-      for (int i = 0; i < 8; ++i) {  // w[i]: of keys 0 to 7 the pairs i and 8 + i (i < 4: i and 8 + i; else 4 more)
+      for (int i = 0; i < 8; ++i) {  // w[i] and w[i + 8]: the pairs i and 8 + i, of keys 0 to 7 and 8 to 15
         _mm512_storeu_si512(turned + (d + i) * BLOCK + j, _mm512_shuffle_i32x4(w[i], w[i + 8], 0x88));
         _mm512_storeu_si512(turned + (d + 8 + i) * BLOCK + j, _mm512_shuffle_i32x4(w[i], w[i + 8], 0xdd));
       }

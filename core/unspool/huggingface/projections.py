@@ -112,13 +112,14 @@ def multiply_by_kernel(model: nn.Module) -> None:
     """Have the kernel multiply in all linear layers of a model, and in those that are joined, as far as it can."""
 
     def by_kernel(module: nn.Module) -> nn.Module:
-        fits = type(module) is nn.Linear and module.in_features % Projection.WIDTHS == 0
-        return Projection(module) if fits else module  # type: ignore[arg-type]
+        if isinstance(module, nn.Linear) and module.in_features % Projection.WIDTHS == 0:
+            return Projection(module)
+        return module
 
-    for joint in {module.joint for module in model.modules() if isinstance(module, Part)}:
-        joint.project = by_kernel(joint.project)
     for name, module in list(model.named_modules()):
-        if name:
+        if isinstance(module, Part):
+            module.joint.project = by_kernel(module.joint.project)
+        elif type(module) is nn.Linear:
             model.set_submodule(name, by_kernel(module))
 
 

@@ -159,7 +159,7 @@ class HuggingFaceRunner:
         made = subject.made() if self._kernel else []
         if sum(subject.path(kind).stat().st_size for kind in made) < self.free_bytes() // 2:
             self._made = [found for kind in made if (found := package.loaded(subject, kind))]
-        return self._kernel and len(self._made) == len(subject.kinds)
+        return len(self._made) == len(subject.kinds)
 
     def slot_bytes(self) -> int:
         """Bytes of keys and values that one slot takes."""
