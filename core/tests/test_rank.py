@@ -24,6 +24,16 @@ def test_of_equal_values_the_first_comes_first(table: list[list[float]], count: 
     assert rank.argmax(values).tolist() == [row[0] for row in by_hand]
 
 
+@given(st.integers(1, 90), st.integers(1, 3), st.integers(0, 5), st.integers(1, 40), st.data())
+def test_ties_are_told_apart_wherever_they_end(
+    width: int, rows: int, seed: int, kinds: int, data: st.DataObject
+) -> None:
+    """Within what is looked at first, at its edge, and far beyond it."""
+    values = torch.randint(kinds, (rows, width), generator=torch.Generator().manual_seed(seed)).float()
+    count = data.draw(st.integers(1, width))
+    assert rank.best(values, count).tolist() == [row[:count] for row in sorted_by_hand(values)]
+
+
 @given(st.integers(1, 900), st.integers(1, 3), st.integers(0, 5), st.integers(1, 40))
 def test_the_best_are_ranked_until_it_is_enough(width: int, rows: int, seed: int, kinds: int) -> None:
     generator = torch.Generator().manual_seed(seed)

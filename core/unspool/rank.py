@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 _FIRST, _GROWTH = 128, 8
+_SPARE = 16
+"""How many values beyond those wanted are looked at first, so that ties at the edge show there."""
 
 
 def argmax(values: Tensor) -> Tensor:
@@ -31,15 +33,18 @@ def best(values: Tensor, count: int) -> Tensor:
     Returns:
         `[n, count]` int64, best first.
     """
-    top = values.topk(min(count + 1, values.shape[1]), dim=-1)
-    if bool((top.values[:, :-1] > top.values[:, 1:]).all()):  # no two tie that matter, so there is one order
-        return top.indices[:, :count]
-    last = top.values[:, count - 1 : count]
-    above, level = values > last, values == last
-    room = count - above.sum(dim=-1, keepdim=True)
-    index = (above | (level & (level.cumsum(dim=-1) <= room))).nonzero()[:, 1].view(len(values), count)
+    top = values.topk(min(count + _SPARE, values.shape[1]), dim=-1)
+    if bool((top.values[:, :-1] > top.values[:, 1:])[:, :count].all()):
+        return top.indices[:, :count]  # no two tie that matter, so there is one order
+    if top.values.shape == values.shape or bool((top.values[:, count - 1] > top.values[:, -1]).all()):
+        index = top.indices.sort(dim=-1).values  # all that are as large as the last one wanted are here
+    else:
+        last = top.values[:, count - 1 : count]
+        above, level = values > last, values == last
+        room = count - above.sum(dim=-1, keepdim=True)
+        index = (above | (level & (level.cumsum(dim=-1) <= room))).nonzero()[:, 1].view(len(values), count)
     order = values.gather(1, index).argsort(dim=-1, descending=True, stable=True)
-    return index.gather(1, order)
+    return index.gather(1, order)[:, :count]
 
 
 def best_until(values: Tensor, enough: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,6 @@ def contrast(
         weight: likewise.
     """
     implausible = (logits < logits.amax(dim=-1, keepdim=True) + alpha.log()) | (logits == -torch.inf)
-    norm = logits.logsumexp(dim=-1, keepdim=True)
-    logits.sub_(norm).mul_(gain).sub_(weight * against)
-    logits.masked_fill_(implausible, -torch.inf)  # where p is 0 it may have become NaN, by a q of 0 or in a dead row
+    said = torch.log_softmax(logits, dim=-1, out=logits)
+    said.mul_(gain).sub_(weight * against)
+    said.masked_fill_(implausible, -torch.inf)  # where p is 0 it may have become NaN, by a q of 0 or in a dead row

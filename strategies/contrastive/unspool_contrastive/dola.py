@@ -5,7 +5,8 @@ token the candidate layer whose distribution lies farthest from the final one is
 log-probabilities are contrasted with its own, among the tokens that the final layer finds plausible.
 
     q_j     =  softmax(head(hidden state of layer j)),   j in layers
-    q       =  the q_j of the largest  JSD(p', q_j) = KL(p' | m) / 2 + KL(q_j | m) / 2,   m = (p' + q_j) / 2
+    q       =  the q_j of the largest  JSD(p', q_j) = KL(p' | m) / 2 + KL(q_j | m) / 2
+                                                    = H(m) - H(p') / 2 - H(q_j) / 2,   m = (p' + q_j) / 2
     V       =  { t : p[t] >= alpha max p }
     out[t]  =  log p[t] - log q[t]   for t in V,   -inf  elsewhere                                (Chuang et al. 2023)
 
@@ -16,8 +17,9 @@ the vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple
 
 import torch
 from pydantic import BaseModel, Field
@@ -58,34 +60,54 @@ class Dola(Plugin):
     @hookimpl
     def logits_transform(self, step: Step, logits: Tensor) -> None:
         """Contrast every row with its own premature layer."""
-        final = step.raw.to(logits).log_softmax(dim=-1)
-        farthest = final.new_full((len(final), 1), -1.0)
-        premature = torch.empty_like(final)
-        for early in self._said_early(step, final):
-            distance = divergence(final, early)
-            premature = early.where(~(distance <= farthest), premature)  # a NaN is taken, and so is seen
+        final, each = Said.of(step.raw, logits.dtype), torch.arange(len(logits), device=logits.device)
+        farthest, premature = logits.new_full((len(logits),), -1.0), step.raw
+        for early in self._said_early(step):
+            distances = torch.stack([divergence(final, Said.of(layer, logits.dtype)) for layer in early])
+            distance, layer = distances.max(dim=0)
+            nearer = (distance <= farthest).unsqueeze(-1)  # a NaN is taken, and so is seen
+            premature = torch.where(nearer, premature, early[layer, each])
             farthest = farthest.maximum(distance)
-        contrast(logits, premature, step.values(self, "alpha").to(logits).unsqueeze(-1))
+        against = premature.to(logits).log_softmax(dim=-1)
+        contrast(logits, against, step.values(self, "alpha").to(logits).unsqueeze(-1))
 
-    def _said_early(self, step: Step, final: Tensor) -> Iterator[Tensor]:
-        """Give the log-probabilities of each candidate layer, like those of the final one."""
-        layers, at_once = self.params.layers, max(1, _ROWS // len(final))
+    def _said_early(self, step: Step) -> Iterator[Tensor]:
+        """Give the logits of the candidate layers, of some at once: `[layers, rows, vocab]`."""
+        layers, at_once = self.params.layers, max(1, _ROWS // len(step.raw))
         for first in range(0, len(layers), at_once):
             hidden = torch.cat([step.hidden(layer) for layer in layers[first : first + at_once]])
-            yield from step.head(hidden).to(final).log_softmax(dim=-1).view(-1, *final.shape)
+            yield step.head(hidden).view(-1, *step.raw.shape)
 
 
-def divergence(one: Tensor, other: Tensor) -> Tensor:
-    """Give the Jensen-Shannon divergence of two distributions, in nats.
+class Said(NamedTuple):
+    """Distributions, as their divergence needs them.
 
     Args:
-        one: `[rows, vocab]` log-probabilities.
-        other: likewise.
+        p: `[rows, vocab]` probabilities.
+        entropy: `[rows]`, in nats.
+    """
+
+    p: Tensor
+    entropy: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor, dtype: torch.dtype) -> Said:
+        """Make them of logits `[rows, vocab]`, of which some may be -inf."""
+        logits = logits.to(dtype, copy=True)
+        p = logits.softmax(dim=-1)
+        norm = logits.amax(dim=-1) - p.amax(dim=-1).log()
+        return cls(p, norm - logits.clamp_(min=torch.finfo(dtype).min).mul_(p).sum(dim=-1))  # 0 times -inf is 0 here
+
+
+def divergence(one: Said, other: Said) -> Tensor:
+    """Give the Jensen-Shannon divergence of distributions, in nats.
+
+    By entropies, so that a vocabulary is gone through as few times as can be: a row of each takes an exponential and a
+    logarithm a token. What is lost of it by rounding is that of the entropies.
 
     Returns:
-        `[rows, 1]`, from 0 to log 2.
+        `[rows]`, from 0 to log 2.
     """
-    p, q = one.exp(), other.exp()
-    mean = (p + q).div_(2).log_()
-    parts = [(share * (log - mean)).masked_fill_(share == 0, 0.0) for share, log in ((p, one), (q, other))]
-    return (parts[0] + parts[1]).sum(dim=-1, keepdim=True) / 2
+    both = (one.p + other.p).clamp_(min=torch.finfo(one.p.dtype).tiny)
+    mean = math.log(2) - (both.log().mul_(both)).sum(dim=-1) / 2
+    return mean - (one.entropy + other.entropy) / 2

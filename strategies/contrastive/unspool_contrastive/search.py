@@ -75,10 +75,11 @@ class ContrastiveSearch(Plugin):
         """Hang the candidates of `rows` below them, best first."""
         if not len(rows):
             return
-        logits = logits[rows]
+        if len(rows) < len(logits):
+            logits = logits[rows]
         tokens = likeliest(logits, self._most(logits))
         # What is forbidden is no candidate: it would be chosen for being unlike everything else.
-        possible = _probability(logits, tokens) > 0
+        possible = (logits.gather(1, tokens) - logits.amax(dim=-1, keepdim=True)).exp() > 0
         parents = step.node[rows].unsqueeze(1).expand_as(tokens)
         step.draft(parents[possible], tokens[possible])
 
@@ -95,7 +96,7 @@ class ContrastiveSearch(Plugin):
         candidates = hidden.new_zeros((*shape, hidden.shape[-1]))
         candidates[row, place] = hidden
         likeness = nearest(candidates, *step.path_hidden(LAST))[row, place]
-        confidence = _probability(logits[row], token.unsqueeze(1)).squeeze(1)
+        confidence = logits.log_softmax(dim=-1)[row, token].exp()
         scores = logits.new_full(shape, -torch.inf)
         scores[row, place] = (1 - self.params.alpha) * confidence - self.params.alpha * likeness
         tokens = token.new_zeros(shape)
@@ -138,9 +139,6 @@ def likeliest(logits: Tensor, count: int) -> Tensor:
     Returns:
         `[rows, count]` int64, likeliest first.
     """
-    return best(logits.masked_fill(logits.isnan(), -torch.inf), count)
-
-
-def _probability(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Give the probabilities of `tokens` `[n, k]` in the softmax of `logits` `[n, vocab]`; NaN in dead rows."""
-    return (logits.gather(1, tokens) - logits.logsumexp(dim=-1, keepdim=True)).exp()
+    if bool(logits.amax(dim=-1).isnan().any()):
+        logits = logits.masked_fill(logits.isnan(), -torch.inf)
+    return best(logits, count)

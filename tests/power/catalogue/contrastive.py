@@ -49,7 +49,7 @@ FAULTS: tuple[Fault, ...] = (
         "reference",
         edit(
             ContrastiveSearch._choose,
-            "confidence = _probability(logits[row], token.unsqueeze(1)).squeeze(1)",
+            "confidence = logits.log_softmax(dim=-1)[row, token].exp()",
             "confidence = logits[row, token]",
         ),
     ),
@@ -114,26 +114,32 @@ FAULTS: tuple[Fault, ...] = (
         "dola",
         "batch_invariance",
         edit(
-            Dola.logits_transform, "distance = divergence(final, early)", "distance = divergence(final, early).mean()"
+            Dola.logits_transform,
+            "distances.max(dim=0)",
+            "distances.mean(dim=1, keepdim=True).expand_as(distances).max(dim=0)",
         ),
     ),
     fault(
         "DoLa takes the layer that is nearest to the final one",
         "dola",
         "reference",
-        edit(Dola.logits_transform, "distance = divergence(final, early)", "distance = 1 - divergence(final, early)"),
+        edit(Dola.logits_transform, "distances.max(dim=0)", "(1 - distances).max(dim=0)"),
     ),
     fault(
         "DoLa measures layers against the logits that plugins before it left",
         "dola",
         "reference",
-        edit(Dola.logits_transform, "final = step.raw.to(logits)", "final = logits"),
+        edit(Dola.logits_transform, "Said.of(step.raw, logits.dtype)", "Said.of(logits, logits.dtype)"),
     ),
     fault(
         "a Jensen-Shannon divergence is half a Kullback-Leibler one",
         "dola",
         "reference",
-        edit(divergence, "(parts[0] + parts[1])", "parts[0]"),
+        edit(
+            divergence,
+            ("mul_(both)).sum(dim=-1) / 2", "mul_(one.p)).sum(dim=-1)"),
+            ("(one.entropy + other.entropy) / 2", "one.entropy"),
+        ),
     ),
     fault(
         "guidance pushes away from logits, and spoils what is forbidden",
