@@ -318,7 +318,7 @@ class Group:
         for request, node in zip(rows.request, rows.node, strict=True):
             context = self.main.trail(rows.lives[request], node).context
             paths.append(store[context if isinstance(context, slice) else torch.from_numpy(context).to(store.device)])
-        hidden = torch.nn.utils.rnn.pad_sequence(paths, batch_first=True)
+        hidden = paths[0][None] if len(paths) == 1 else torch.nn.utils.rnn.pad_sequence(paths, batch_first=True)
         lengths = torch.tensor([len(path) for path in paths], device=hidden.device)
         return hidden, torch.arange(hidden.shape[1], device=hidden.device) < lengths.unsqueeze(1)
 

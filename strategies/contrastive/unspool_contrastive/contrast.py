@@ -25,7 +25,8 @@ def contrast(
         gain: above 0, a number or `[rows, 1]`.
         weight: likewise.
     """
-    implausible = (logits < logits.amax(dim=-1, keepdim=True) + alpha.log()) | (logits == -torch.inf)
+    least = logits.amax(dim=-1, keepdim=True) + alpha.log()
+    implausible = logits < least.clamp_(min=torch.finfo(logits.dtype).min)  # all of a row where all is forbidden
     said = torch.log_softmax(logits, dim=-1, out=logits)
     said.mul_(gain).sub_(weight * against)
     said.masked_fill_(implausible, -torch.inf)  # where p is 0 it may have become NaN, by a q of 0 or in a dead row

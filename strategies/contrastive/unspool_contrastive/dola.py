@@ -31,8 +31,10 @@ from unspool_contrastive.contrast import contrast
 if TYPE_CHECKING:
     from unspool.step import Step
 
-_ROWS = 64
+_HEAD_ROWS = 64
 """How many rows the output matrix is applied to at once: reading it costs what it does, however few they are."""
+_ROWS = 8
+"""How many rows are compared at once: what is known of them stays near the processor."""
 
 
 class Dola(Plugin):
@@ -63,7 +65,8 @@ class Dola(Plugin):
         final, each = Said.of(step.raw, logits.dtype), torch.arange(len(logits), device=logits.device)
         farthest, premature = logits.new_full((len(logits),), -1.0), step.raw
         for early in self._said_early(step):
-            distances = torch.stack([divergence(final, Said.of(layer, logits.dtype)) for layer in early])
+            few = early.split(max(1, _ROWS // len(logits)))
+            distances = torch.cat([divergence(final, Said.of(layers, logits.dtype)) for layers in few])
             distance, layer = distances.max(dim=0)
             nearer = (distance <= farthest).unsqueeze(-1)  # a NaN is taken, and so is seen
             premature = torch.where(nearer, premature, early[layer, each])
@@ -73,7 +76,7 @@ class Dola(Plugin):
 
     def _said_early(self, step: Step) -> Iterator[Tensor]:
         """Give the logits of the candidate layers, of some at once: `[layers, rows, vocab]`."""
-        layers, at_once = self.params.layers, max(1, _ROWS // len(step.raw))
+        layers, at_once = self.params.layers, max(1, _HEAD_ROWS // len(step.raw))
         for first in range(0, len(layers), at_once):
             hidden = torch.cat([step.hidden(layer) for layer in layers[first : first + at_once]])
             yield step.head(hidden).view(-1, *step.raw.shape)
@@ -83,8 +86,8 @@ class Said(NamedTuple):
     """Distributions, as their divergence needs them.
 
     Args:
-        p: `[rows, vocab]` probabilities.
-        entropy: `[rows]`, in nats.
+        p: `[..., vocab]` probabilities.
+        entropy: `[...]`, in nats.
     """
 
     p: Tensor
@@ -92,7 +95,7 @@ class Said(NamedTuple):
 
     @classmethod
     def of(cls, logits: Tensor, dtype: torch.dtype) -> Said:
-        """Make them of logits `[rows, vocab]`, of which some may be -inf."""
+        """Make them of logits `[..., vocab]`, of which some may be -inf."""
         logits = logits.to(dtype, copy=True)
         p = logits.softmax(dim=-1)
         norm = logits.amax(dim=-1) - p.amax(dim=-1).log()
@@ -106,7 +109,7 @@ def divergence(one: Said, other: Said) -> Tensor:
     logarithm a token. What is lost of it by rounding is that of the entropies.
 
     Returns:
-        `[rows]`, from 0 to log 2.
+        `[...]`, from 0 to log 2.
     """
     both = (one.p + other.p).clamp_(min=torch.finfo(one.p.dtype).tiny)
     mean = math.log(2) - (both.log().mul_(both)).sum(dim=-1) / 2

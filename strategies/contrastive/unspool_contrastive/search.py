@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 LAST = -1
 """The layer that likeness is measured in: after the final norm."""
+_AT_ONCE = 1 << 22
+"""Products of hidden states that are made before they are summed."""
 
 
 class ContrastiveSearch(Plugin):
@@ -124,9 +126,15 @@ def nearest(candidates: Tensor, path: Tensor, there: Tensor) -> Tensor:
     Returns:
         `[rows, k]`.
     """
+    rows = max(1, _AT_ONCE // (candidates.shape[1] * path[0].numel()))
+    cosines = torch.cat([_cosines(*some) for some in zip(candidates.split(rows), path.split(rows), strict=True)])
+    return cosines.masked_fill(~there.unsqueeze(1), -torch.inf).amax(dim=-1)
+
+
+def _cosines(candidates: Tensor, path: Tensor) -> Tensor:
+    """Give the cosine of each candidate `[rows, k, width]` with each place of a path: `[rows, k, longest]`."""
     candidates, path = normalize(candidates, dim=-1), normalize(path.to(candidates), dim=-1)
-    cosines = torch.stack([(path * each.unsqueeze(1)).sum(dim=-1) for each in candidates.unbind(1)], dim=-1)
-    return cosines.masked_fill(~there.unsqueeze(-1), -torch.inf).amax(dim=1)
+    return (candidates.unsqueeze(2) * path.unsqueeze(1)).sum(dim=-1)
 
 
 def likeliest(logits: Tensor, count: int) -> Tensor:

@@ -8,14 +8,14 @@ from unspool_contrastive.contrast import contrast
 from unspool_contrastive.decoding import ContrastiveDecoding
 from unspool_contrastive.dola import Dola, divergence
 from unspool_contrastive.guidance import Guidance
-from unspool_contrastive.search import ContrastiveSearch, nearest
+from unspool_contrastive.search import ContrastiveSearch, _cosines, nearest
 
 FAULTS: tuple[Fault, ...] = (
     fault(
         "contrastive search compares candidates with the padding of shorter paths",
         "contrastive_search",
         "batch_invariance",
-        edit(nearest, "cosines.masked_fill(~there.unsqueeze(-1), -torch.inf)", "cosines"),
+        edit(nearest, "cosines.masked_fill(~there.unsqueeze(1), -torch.inf)", "cosines"),
     ),
     fault(
         "contrastive search compares a candidate with the path's mean, not with its nearest token",
@@ -23,8 +23,8 @@ FAULTS: tuple[Fault, ...] = (
         "reference",
         edit(
             nearest,
-            "cosines.masked_fill(~there.unsqueeze(-1), -torch.inf).amax(dim=1)",
-            "cosines.masked_fill(~there.unsqueeze(-1), 0.0).sum(dim=1) / there.sum(dim=1, keepdim=True)",
+            "cosines.masked_fill(~there.unsqueeze(1), -torch.inf).amax(dim=-1)",
+            "cosines.masked_fill(~there.unsqueeze(1), 0.0).sum(dim=-1) / there.sum(dim=1, keepdim=True)",
         ),
     ),
     fault(
@@ -32,7 +32,7 @@ FAULTS: tuple[Fault, ...] = (
         "contrastive_search",
         "reference",
         edit(
-            nearest,
+            _cosines,
             "candidates, path = normalize(candidates, dim=-1), normalize(path.to(candidates), dim=-1)",
             "path = path.to(candidates)",
         ),
