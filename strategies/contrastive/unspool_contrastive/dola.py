@@ -65,7 +65,7 @@ class Dola(Plugin):
         final, each = Said.of(step.raw, logits.dtype), torch.arange(len(logits), device=logits.device)
         farthest, premature = logits.new_full((len(logits),), -1.0), step.raw
         for early in self._said_early(step):
-            few = early.split(max(1, _ROWS // len(logits)))
+            few = torch.split(early, max(1, _ROWS // len(logits)))
             distances = torch.cat([divergence(final, Said.of(layers, logits.dtype)) for layers in few])
             distance, layer = distances.max(dim=0)
             nearer = (distance <= farthest).unsqueeze(-1)  # a NaN is taken, and so is seen

@@ -127,7 +127,9 @@ def nearest(candidates: Tensor, path: Tensor, there: Tensor) -> Tensor:
         `[rows, k]`.
     """
     rows = max(1, _AT_ONCE // (candidates.shape[1] * path[0].numel()))
-    cosines = torch.cat([_cosines(*some) for some in zip(candidates.split(rows), path.split(rows), strict=True)])
+    cosines = torch.cat(
+        [_cosines(*some) for some in zip(torch.split(candidates, rows), torch.split(path, rows), strict=True)]
+    )
     return cosines.masked_fill(~there.unsqueeze(1), -torch.inf).amax(dim=-1)
 
 
