@@ -7,9 +7,10 @@ Prompts of Spec-Bench (summarisation and retrieval), greedy, up to `--new` token
 template. All sides take turns at the same prompts, so that a change of the machine's speed meets all. A ratio is
 that of two sides' tokens a second; the figure is the median of the rounds, with a 95 % interval by bootstrap.
 transformers' `prompt_lookup_num_tokens` takes one prompt at a time, so it is compared at batch 1 alone; there our speed
-after the first token is told too. `suffix` remembers nothing from one prompt to the next, but for the side that
-`--again` adds: there each prompt has been answered before. In float32 our texts must be the same with drafts and
-without, and those that are not are counted.
+after the first token is told too. Of larger batches most of the time is the prompts, so each round is decoded once more
+on an engine that has kept them: "prompts kept". `suffix` remembers nothing from one prompt to the next, but for the
+side that `--again` adds: there each prompt has been answered before. In float32 our texts must be the same with drafts
+and without, and those that are not are counted.
 """
 
 from __future__ import annotations
@@ -71,15 +72,15 @@ def prompts_of(folder: Path, count: int) -> list[str]:
 class Ours:
     """The engine, with the model loaded."""
 
-    def __init__(self, dtype: str, device: str, new: int) -> None:
-        self.engine = unspool.Engine.load("smollm2", dtype=dtype, device=device, prefix_cache=False)
+    def __init__(self, dtype: str, device: str, new: int, *, keeps: bool = False) -> None:
+        self.engine = unspool.Engine.load("smollm2", dtype=dtype, device=device, prefix_cache=keeps)
         self._new = new
 
-    def say(self, prompts: Sequence[str], drafters: Sequence[str]) -> Said:
+    def say(self, prompts: Sequence[str], drafters: Sequence[str], new: int | None = None) -> Said:
         """Decode a batch."""
         plugins = [DRAFTERS.get(name, name) for name in drafters]
         requests = [
-            unspool.Request(prompt=prompt, strategy="greedy", plugins=plugins, max_new_tokens=self._new)
+            unspool.Request(prompt=prompt, strategy="greedy", plugins=plugins, max_new_tokens=new or self._new)
             for prompt in prompts
         ]
         start = time.perf_counter()
@@ -129,13 +130,16 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
     sides = {PLAIN: [], **{name: name.split("+") for name in options.drafters.split(",")}}
     if options.again:
         sides[AGAIN] = [AGAIN]
+    keeping = Ours(options.dtype, options.device, options.new, keeps=True) if max(options.batches) > 1 else ours
     rows = []
     for batch in options.batches:
         prompts = prompts_of(options.data, options.prompts if batch == 1 else batch * options.rounds)
         rounds = [prompts[i : i + batch] for i in range(0, len(prompts) - batch + 1, batch)]
         said: list[dict[str, Said]] = []
+        kept: list[dict[str, Said]] = []
         for drafters in sides.values():  # warms up
-            ours.say(["Count to one hundred."] * batch, drafters)
+            for engine in (ours, keeping):
+                engine.say(["Count to one hundred."] * batch, drafters)
         for round_ in rounds:
             turns = {}
             for name, drafters in sides.items():
@@ -146,13 +150,16 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
                 turns[THEIRS] = theirs.say(round_[0], None)
                 turns[THEIR_LOOKUP] = theirs.say(round_[0], options.lookup)
             said.append(turns)
-        rows += [row_of(batch, name, said) for name in said[0]]
+            if batch > 1:
+                keeping.say(round_, [], new=1)
+                kept.append({name: keeping.say(round_, drafters) for name, drafters in sides.items()})
+        rows += [row_of(batch, name, said, kept) for name in said[0]]
         unequal = sum(turns[name].texts != turns[PLAIN].texts for turns in said for name in sides)
         print(f"batch {batch}: {len(rounds)} rounds, {unequal} of our texts differ from the plain ones", flush=True)
     return rows
 
 
-def row_of(batch: int, name: str, said: Sequence[dict[str, Said]]) -> dict[str, Any]:
+def row_of(batch: int, name: str, said: Sequence[dict[str, Said]], kept: Sequence[dict[str, Said]]) -> dict[str, Any]:
     """Sum up one side, and print it."""
     own = [turns[name] for turns in said]
     row: dict[str, Any] = {"batch": batch, "side": name}
@@ -167,6 +174,11 @@ def row_of(batch: int, name: str, said: Sequence[dict[str, Said]]) -> dict[str, 
         row["after the first token"] = round(statistics.median(_pace(each) for each in own), 2)
         paces = [_pace(a) / _pace(b) for a, b in zip(own, plain, strict=True)]
         row["/ plain, after the first token"] = [round(value, 2) for value in interval(paces)]
+    if kept:
+        row["tok/s, prompts kept"] = round(statistics.median(_speed(turns[name]) for turns in kept), 2)
+        if name != PLAIN:
+            ratios = [_speed(turns[name]) / _speed(turns[PLAIN]) for turns in kept]
+            row["/ plain, prompts kept"] = [round(value, 2) for value in interval(ratios)]
     if passes := sum(each.passes for each in own):
         row["tokens a pass"] = round(sum(each.tokens for each in own) / passes, 2)
         row["accepted"] = sum(each.accepted for each in own)

@@ -10,8 +10,9 @@ import pytest
 from unspool.pipeline import Pipeline
 from unspool.plugin import Parameters, Plugin, hookimpl
 from unspool.runner import Batch, Output
+from unspool.schedule import Plan
 from unspool.step import Step
-from unspool.worth import Pace, Record
+from unspool.worth import FORGET, TRIAL, Pace, Record, Trial, Worth
 from unspool_testing.compare import check_equal, check_speculation
 from unspool_testing.driver import alone, drive, plugin, request
 from unspool_testing.hosts import Likeliest
@@ -39,8 +40,24 @@ def test_what_is_known_of_a_size_is_its_time_and_between_sizes_it_rises() -> Non
 
 def test_of_an_unknown_size_the_best_is_thought() -> None:
     pace = learnt({4: 0.04})
-    assert estimate(pace, 1, 2, 4, 8, 16, 32) == pytest.approx([0.01, 0.02, 0.04, 0.04, 0.08, 0.16])
+    assert estimate(pace, 1, 2, 4, 8, 16, 32) == pytest.approx([0.02, 0.04, 0.04, 0.04, 0.04 * 16 / 6, 0.04 * 32 / 6])
     assert estimate(Pace(), 1, 100) == [1.0, 1.0]
+
+
+def test_a_token_that_needs_other_code_is_told_from_one_more_of_the_same() -> None:
+    """Eight tokens take 14 ms and nine 23: known apart, though they are neighbours."""
+    pace = learnt({4: 0.0120, 8: 0.0136, 9: 0.0230, 32: 0.0345})
+    assert estimate(pace, 4, 6, 8, 9, 16, 32) == pytest.approx([0.012, 0.0128, 0.0136, 0.023, 0.0265, 0.0345], rel=0.01)
+
+
+def test_what_a_token_costs_is_learnt_from_passes_of_all_sizes() -> None:
+    """Whatever else slows them: the same passes, some of them slower by a tenth, one in a hundred by twice."""
+    generator, pace = np.random.default_rng(0), Pace()
+    for _ in range(400):
+        tokens = 32 + int(generator.integers(0, 12))
+        pace.observe(tokens, (0.006 + 0.001 * tokens) * generator.choice([1, 1.1, 2], p=[0.6, 0.39, 0.01]))
+    few, more = estimate(pace, 32, 44)
+    assert more - few == pytest.approx(0.0125, rel=0.25)
 
 
 def test_a_slower_machine_is_slower_at_every_size() -> None:
@@ -69,7 +86,7 @@ def test_what_has_not_come_for_long_is_unknown_again_and_will_be_tried() -> None
     pace.observe(2, 3.0)
     pace.observe(2, 3.0)
     assert estimate(pace, 2)[0] > 1
-    for _ in range(70):
+    for _ in range(FORGET + 1):
         pace.observe(1, 0.03)
     assert estimate(pace, 2)[0] == pytest.approx(0.03, rel=0.1)
 
@@ -178,3 +195,53 @@ def test_one_request_learns_nothing_that_changes_another() -> None:
     asked = [request(wrong, (2, i), max_new_tokens=20, end_ids=(), seed=i) for i in range(4)]
     for one, other in zip(alone(model, asked), drive(model, asked), strict=True):
         check_equal(one, other)
+
+
+def test_drafts_that_lost_a_trial_rest_twice_as_long_each_time_and_begin_again() -> None:
+    trial, rests = Trial(), []
+    for saved in (-1.0, -1.0, -1.0, -1.0, 1.0, -1.0):
+        for _ in range(TRIAL):
+            assert trial.rest == 0 or saved, "it is noted where they do not rest"
+            trial.note(saved)
+        rests.append(trial.rest)
+        trial.rest = 0
+    assert rests == [16, 32, 64, 64, 0, 16]
+
+
+class Laborious(Hopeful):
+    """Think before any are hung, if they are taken at all, for as long as so many tokens take."""
+
+    thoughts = 0
+
+    class Params(Hopeful.Params):
+        thought: float
+
+    @hookimpl
+    def pre_forward(self, step: Step) -> None:
+        if step.drafts_pay:
+            Linear.now += self.params.thought
+            Laborious.thoughts += 1
+        super().pre_forward(step)
+
+
+@pytest.mark.usefixtures("clock")
+@pytest.mark.parametrize(("thought", "least", "most"), [(0.0, 44, 60), (0.5, 16, 32)])
+def test_who_thinks_in_vain_for_longer_than_it_saves_is_asked_now_and_then(
+    thought: float, least: int, most: int
+) -> None:
+    plain = Pipeline(plugin(Likeliest))
+    wrong = Pipeline(plain.strategy, [plugin(Laborious, tokens=(1,), confidence=0.5, thought=thought)])
+    Laborious.thoughts = 0
+    result = alone(Linear(4, table=SAME), [request(wrong, (2,), max_new_tokens=60, end_ids=())])[0]
+    assert result.stats.accepted == 0 and least <= Laborious.thoughts <= most
+
+
+def test_beside_prompts_a_draft_costs_what_each_of_their_tokens_does() -> None:
+    """A pass of 512 tokens takes 500 ms, eight branches alone 16: a token of theirs is worth two of a prompt's."""
+    worth, plan = Worth(), Plan(ready=[SimpleNamespace(branches=range(8))], tokens=8)  # type: ignore[list-item]
+    for tokens, prompts, seconds in ((8, 0, 0.016), (512, 504, 0.5)) * 10:
+        plan.tokens, plan.prompts = tokens, prompts
+        worth.begin(plan, [])
+        worth.learn(plan, 0.0, seconds)
+    worth.begin(plan, [])
+    assert worth.least == pytest.approx(8 / 0.016 * 0.5 / 512, rel=0.01)

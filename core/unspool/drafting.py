@@ -32,22 +32,26 @@ class Drafting:
         self._forward, self._fail = forward, fail
         self._began: float | None = None
         """When the pass began; None: nobody drafts in this step."""
+        self._took = 0.0
+        """Seconds in which drafts were hung."""
 
     def hang(self, plan: Plan, groups: Sequence[Group]) -> None:
         """Call pre_forward of all groups, and delete the drafts that would cost more than they are likely to save."""
         self._began = None
         if any(group.pipeline.drafts for group in groups):
+            start = time.perf_counter()
             self.worth.begin(plan, groups)
             for group in groups:
                 if group.pipeline.drafts:
                     self._hang_below(plan, groups, group)
             self.worth.keep_the_best()
             self._began = time.perf_counter()
+            self._took = self._began - start
 
     def learn(self, plan: Plan) -> None:
         """Learn from the step, after its rounds."""
         if self._began is not None:
-            self.worth.learn(plan, time.perf_counter() - self._began)
+            self.worth.learn(plan, self._took, time.perf_counter() - self._began)
 
     def _hang_below(self, plan: Plan, groups: Sequence[Group], group: Group) -> None:
         """Call pre_forward for the group; if a plugin raises, for each request alone, so that only its own fail."""

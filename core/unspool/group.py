@@ -23,6 +23,7 @@ from unspool.pipeline import Pipeline
 from unspool.plugin import Plugin
 from unspool.runner import Output
 from unspool.step import Rows, Step
+from unspool.tree import NONE
 from unspool.worth import Worth
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ class Draft:
     q: Tensor | None
     confidence: float | None
     """How sure its drafter is; None: it is run whatever it costs."""
+    chance: float = 1.0
+    """How likely its path is chosen, by what is known of such confidences; 1 where it has none."""
     chosen: bool = False
     """It has become a branch."""
     gained: bool = False
@@ -160,12 +163,18 @@ class Group:
             if not held and (plugin is self.pipeline.strategy or confidence is None):
                 self.drafts[node].confidence = None
             return node
+        chance = 1.0
+        if confidence is not None and not held:
+            above = self.drafts.get(parent)
+            chance = self.worth.chance(live, plugin, confidence) * (above.chance if above else 1.0)
+            if chance < self.worth.least:
+                return NONE
         if node is None:
             node = self.tree.grow(parent, token)
             self.tree.states[node] = self._folded(live, parent, token)
         else:
             self.tree.hold(node)
-        draft = Draft(live, plugin, base, parent, self._leaf(live, node, token), held, q, confidence)
+        draft = Draft(live, plugin, base, parent, self._leaf(live, node, token), held, q, confidence, chance)
         self._remember(node, draft)
         if held:
             self.newly_held[node] = draft

@@ -257,7 +257,8 @@ class Step:
                 alone that are worth their rows (see `worth.py`: it learns what your confidence means); without it, all.
 
         Returns:
-            `[d]` nodes. The same token twice under one parent is one node; -1 where the parent takes none.
+            `[d]` nodes. The same token twice under one parent is one node; -1 where the parent takes none, or where a
+            draft is far too unlikely to be worth its row.
         """
         if self.looks_ahead:
             raise LookedAhead
@@ -268,6 +269,14 @@ class Step:
             raise ValueError(f"confidence must lie in [0, 1], not {min(sure)} to {max(sure)}")
         nodes = self.group.hang(self._caller, _list(parents), _list(tokens), q, sure)
         return self._ints(nodes)
+
+    @property
+    def drafts_pay(self) -> bool:
+        """Tell whether drafts with a confidence are taken in this step: they rest where they cost more than they saved.
+
+        A drafter that is told no need not look for any (in pre_forward).
+        """
+        return not self.group.worth.rests
 
     def pays(
         self, parents: Tensor | Sequence[int], confidence: Tensor | Sequence[float], companion: str | None = None
@@ -282,7 +291,7 @@ class Step:
         assert self._caller is not None
         sure = [float(value) for value in confidence]
         lane = None if companion is None else self.group.lanes[companion]
-        return self.group.worth.pays(self.group, self._caller.name, _list(parents), sure, lane)
+        return self.group.worth.pays(self.group, self._caller, _list(parents), sure, lane)
 
     def drafts(self, plugin: Plugin | None = None) -> Drafts:
         """List the drafts just below the rows: all of them, or those that `plugin` hung."""

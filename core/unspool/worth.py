@@ -15,11 +15,10 @@ takes, and only near certainties do. None of this can change a text: what is cho
 from __future__ import annotations
 
 import math
-import statistics
-from collections import deque
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,62 +27,109 @@ if TYPE_CHECKING:
     from unspool.group import Draft, Group
     from unspool.lane import Lane
     from unspool.live import Live
+    from unspool.plugin import Plugin
     from unspool.schedule import Plan
 
-HALVES = 2
-"""Sizes that are told apart, in a doubling."""
-KEPT = 7
-"""Passes of a size that its time is the median of."""
-FORGET_RARE, FORGET_KNOWN = 64, 512
-"""Passes after which a size that did not come again is unknown: seen less than that, or more often."""
+ALIKE = (1, 8, 64)
+"""Passes of up to so many tokens are taken to run the same code: a single token, a handful, more of them, and many."""
+KEEP = 0.98
+"""What a pass counts after the next one of its band."""
+FOLLOW, STARTLED = 0.3, 0.3
+"""How much of an unexpected time (in logarithms) is put down to the machine, and how much of it is believed at most."""
+FORGET = 1024
+"""Passes after which a band that did not come again is unknown."""
+MARGIN = 0.02
+"""By how much drafts must seem to make the batch faster: what is chosen for its estimate is rarely as good."""
+AHEAD, LEAST = 64, 0.02
+"""Of so many drafts that could be hung in a step the cheapest row is looked for. No draft is worth less of a token."""
+TRIAL, MOST_REST = 16, 64
+"""Steps after which it is asked whether drafts have paid, and the most for which they rest where they have not."""
 LEVELS = 8
 """How finely confidences are told apart: by the halvings of what is missing to certainty."""
 
 
 class Pace:
-    """Learns how long a pass over so many tokens takes: `level + shape[size]`, in logarithms.
+    """Learns how long a pass over so many tokens takes: a line in each band of `ALIKE`, times the pace of the machine.
 
-    Of a size that it has not seen it thinks well, so that it is tried, and then known: below the smallest known size
-    time is taken to fall with the tokens, beyond the largest not to rise until there are twice as many. A size is known
-    when it has come twice, as the first pass of a new size takes longer than it ever will again.
+    Where another code runs, a token more may cost half a pass; within a band each costs about the same. Of a band that
+    it has not seen it thinks well, so that it is tried, and then known: below the smallest known band time is taken to
+    fall with the tokens, beyond a known one to rise with them, but for the first two or the first quarter. The first
+    pass of a band says nothing: it takes longer than it ever will again.
     """
 
     def __init__(self) -> None:
         self._level = 0.0
-        self._shape: dict[int, deque[float]] = {}
-        """size -> the last passes of it, less the level that they were seen at."""
+        self._lines: dict[int, Line] = {}
         self._last: dict[int, int] = {}
         self._passes = 0
 
     def observe(self, tokens: int, seconds: float) -> None:
         """Learn from a pass."""
-        size, value = round(HALVES * math.log2(max(tokens, 1))), math.log(max(seconds, 1e-7))
-        if not self._shape:
+        band, value = bisect_left(ALIKE, tokens), math.log(max(seconds, 1e-7))
+        if not self._lines:
             self._level = value
-        seen = self._shape.setdefault(size, deque(maxlen=KEPT))
-        if len(seen) > 1:  # a hiccup of the machine moves the level only so much
-            self._level += 0.3 * min(1.0, max(-1.0, value - self._level - statistics.median_low(seen)))
-        seen.append(value - self._level)
+        line = self._lines.setdefault(band, Line())
+        if line.seen > 1:  # a hiccup of the machine moves the level only so much
+            expected = self._level + math.log(float(line.at(tokens)))
+            value = expected + min(STARTLED, max(-STARTLED, value - expected))
+            self._level += FOLLOW * (value - expected)
+        line.observe(tokens, math.exp(value - self._level))
         self._passes += 1
-        self._last[size] = self._passes
-        for other in [s for s, last in self._last.items() if self._is_stale(self._passes - last, len(self._shape[s]))]:
-            del self._shape[other], self._last[other]
+        self._last[band] = self._passes
+        for other in [band for band, last in self._last.items() if self._passes - last > FORGET]:
+            del self._lines[other], self._last[other]
 
     def seconds(self, tokens: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Estimate the seconds of passes over so many tokens: `[n]` to `[n]`; all 1 as long as nothing is known."""
-        known = {size: statistics.median_low(seen) for size, seen in self._shape.items() if len(seen) > 1}
+        """Estimate the seconds of passes over so many tokens, ascending: `[n]` to `[n]`; 1 while nothing is known."""
+        known = sorted(band for band, line in self._lines.items() if line.seen > 1)
         if not known:
             return np.ones(len(tokens))
-        sizes = np.array(sorted(known), dtype=np.float64)
-        logs = np.maximum.accumulate([self._level + known[int(size)] for size in sizes])
-        at = HALVES * np.log2(np.maximum(tokens, 1))
-        outside = np.minimum(0.0, at - sizes[0]) + np.maximum(0.0, at - sizes[-1] - HALVES)
-        result: NDArray[np.float64] = np.exp(np.interp(at, sizes, logs) + outside * math.log(2) / HALVES)
+        bands = np.searchsorted(ALIKE, tokens)
+        times = np.empty(len(tokens))
+        for band in np.unique(bands).tolist():
+            those = bands == band
+            at = bisect_right(known, band) - 1
+            line = self._lines[known[max(at, 0)]]
+            if at < 0:
+                first = ALIKE[known[0] - 1] + 1
+                times[those] = line.at(first) * tokens[those] / first
+            elif known[at] == band:
+                times[those] = line.at(tokens[those])
+            else:
+                free = line.middle + max(2.0, line.middle / 4)
+                times[those] = line.at(line.middle) * np.maximum(1.0, tokens[those] / free)
+        result: NDArray[np.float64] = np.maximum.accumulate(times) * math.exp(self._level)
         return result
 
-    @staticmethod
-    def _is_stale(age: int, seen: int) -> bool:
-        return age > (FORGET_RARE if seen < KEPT else FORGET_KNOWN)
+
+class Line:
+    """How time grows with tokens in a band: the straight line through what was seen there that is nearest to it.
+
+    It neither falls nor rises faster than in proportion. `[n]` is a shape.
+    """
+
+    def __init__(self) -> None:
+        self.seen = 0
+        self._weight = self._x = self._y = self._xx = self._xy = 0.0
+
+    def observe(self, tokens: int, time: float) -> None:
+        """Learn from a pass. The first one only counts as seen."""
+        self.seen += 1
+        if self.seen > 1:
+            self._weight, self._x, self._y = KEEP * self._weight + 1, KEEP * self._x + tokens, KEEP * self._y + time
+            self._xx, self._xy = KEEP * self._xx + tokens * tokens, KEEP * self._xy + tokens * time
+
+    @property
+    def middle(self) -> float:
+        """Say of how many tokens its passes were, on average."""
+        return self._x / self._weight
+
+    def at(self, tokens: Any) -> Any:
+        """Give the time at so many tokens: a number, or `[n]`."""
+        x, y = self.middle, self._y / self._weight
+        spread = self._xx - self._x * x + 0.5  # half a token, once, so that noise at one size is no slope
+        slope = min(max((self._xy - self._x * y) / spread, 0.0), y / x)
+        return y + slope * (tokens - x)
 
 
 @dataclass(eq=False)
@@ -115,21 +161,62 @@ class Record:
             count[:] = count[0] * self.fade, count[1] * self.fade
 
 
+@dataclass(eq=False)
+class Trial:
+    """Whether drafts have paid of late: what they saved, less what they and looking for them took.
+
+    After a trial that they lost they rest, twice as long after each that they lose again.
+    """
+
+    saved: float = 0.0
+    left: int = TRIAL
+    rest: int = 0
+    """Steps for which they rest from now on."""
+    next_rest: int = TRIAL
+
+    def note(self, saved: float) -> None:
+        """Take down the seconds that a step of it saved; they are negative if it was in vain."""
+        self.saved += saved
+        self.left -= 1
+        if not self.left:
+            lost = self.saved < 0
+            self.rest = self.next_rest if lost else 0
+            self.next_rest = min(2 * self.next_rest, MOST_REST) if lost else TRIAL
+            self.saved, self.left = 0.0, TRIAL
+
+
 class Worth:
     """Says which drafts are worth their rows."""
 
     def __init__(self) -> None:
+        self._trials: dict[int, Trial] = {}
+        """By the doublings of the number of branches."""
         self._pace: dict[Lane | None, Pace] = {}
         """Of whole steps (None), and of the passes of companions that are asked."""
         self._record = Record(keep=0.998, fade=0.9998)
-        self._branches = self._tokens = 0
+        self._branches = self._tokens = self._prompts = 0
         self._groups: Sequence[Group] = ()
         self._spent = 0.0
+        self.least = LEAST
+        """The chance below which a draft is not worth its row, whatever else is drafted: it need not be hung."""
+
+    @property
+    def rests(self) -> bool:
+        """Tell whether no draft is taken in this step, since they did not pay of late."""
+        return self.least > 1
 
     def begin(self, plan: Plan, groups: Sequence[Group]) -> None:
         """Begin a step, before drafts are hung."""
         self._branches = sum(len(live.branches) for live in plan.ready)
-        self._tokens, self._groups, self._spent = plan.tokens, groups, 0.0
+        self._tokens, self._prompts = plan.tokens, plan.prompts
+        self._groups, self._spent = groups, 0.0
+        trial = self._trial
+        if trial.rest:
+            trial.rest -= 1
+            self.least = math.inf
+            return
+        seconds = self._step_seconds(np.arange(AHEAD + 1))
+        self.least = max(LEAST, self._branches / seconds[0] * float(np.diff(seconds).min()))
 
     def keep_the_best(self) -> None:
         """Delete the drafts that are not worth their rows, of all groups."""
@@ -138,13 +225,13 @@ class Worth:
             return
         uncertain.sort(key=lambda one: (-one[0], one[1].tree.length[one[2]]))  # so none stands before its parent
         chances = np.cumsum([0.0, *(chance for chance, _, _ in uncertain)])
-        tokens = self._tokens + self._fixed() + np.arange(len(chances))
-        rate = (self._branches + chances) / (self._seconds(None, tokens) + self._spent)
-        for _, group, node in reversed(uncertain[int(rate.argmax()) :]):
+        rate = (self._branches + chances) / (self._step_seconds(self._fixed() + np.arange(len(chances))) + self._spent)
+        best = int(rate.argmax())
+        for _, group, node in reversed(uncertain[best if rate[best] > (1 + MARGIN) * rate[0] else 0 :]):
             group.forget(node)
 
     def pays(
-        self, group: Group, plugin: str, nodes: Sequence[int], confidence: Sequence[float], lane: Lane | None
+        self, group: Group, plugin: Plugin, nodes: Sequence[int], confidence: Sequence[float], lane: Lane | None
     ) -> bool:
         """Tell whether one more draft below each of `nodes` is likely to save more time than it takes.
 
@@ -155,16 +242,18 @@ class Worth:
             confidence: of each.
             lane: that of a companion which must run the nodes first.
         """
+        if self.rests:
+            return False
         chances = {node: chance for each in self._groups for node, chance in self._chances(each).items()}
         more = [
-            self._chance(live, plugin, sure) * chances.get(node, 1.0)
+            self.chance(live, plugin, sure) * chances.get(node, 1.0)
             for node, sure in zip(nodes, confidence, strict=True)
             if (live := group.live_of(node)) is not None
         ]
         if not more:
             return False
-        there = self._tokens + self._fixed() + len(chances)
-        before, after = self._seconds(None, np.array([there, there + len(more)])) + self._spent
+        there = self._fixed() + len(chances)
+        before, after = self._step_seconds(np.array([there, there + len(more)])) + self._spent
         if lane is not None:
             after += float(self._seconds(lane, np.array([len(more)]))[0])
         tokens = self._branches + sum(chances.values())
@@ -175,9 +264,16 @@ class Worth:
         self._pace.setdefault(lane, Pace()).observe(tokens, seconds)
         self._spent += seconds
 
-    def learn(self, plan: Plan, seconds: float) -> None:
-        """Learn from the step: from what was accepted, and from how long it took."""
+    def learn(self, plan: Plan, drafting: float, seconds: float) -> None:
+        """Learn from the step: from what was accepted, and from how long it took.
+
+        Args:
+            plan: what ran.
+            drafting: seconds in which drafts were hung.
+            seconds: of the pass, and of all that came after it.
+        """
         self._record.age()
+        guesses = gained = 0
         for group in self._groups:
             for live in group.lives:
                 live.record.age()
@@ -185,13 +281,18 @@ class Worth:
                 if draft.runs and not draft.held:
                     depth = group.tree.length[node] - group.tree.length[draft.base]
                     draft.live.counts.note_draft(_name(draft), depth, draft.chosen)
+                guesses += draft.runs and not draft.held
+                gained += draft.gained and draft.confidence is not None
                 if draft.runs and draft.confidence is not None and self._was_reached(group, draft):
                     key = _key(_name(draft), draft.confidence)
                     for record in (self._record, draft.live.record):
                         record.note(key, draft.gained)
-        if not plan.prompts and self._branches:
-            guesses = sum(draft.runs and not draft.held for group in self._groups for draft in group.drafts.values())
+        if self._branches and (not plan.prompts or plan.tokens > ALIKE[-1]):
             self._pace.setdefault(None, Pace()).observe(self._tokens + guesses, seconds)
+        if self._branches and not self.rests:
+            fixed = self._fixed()
+            without, with_them = self._step_seconds(np.array([fixed, guesses]))
+            self._trial.note(gained * without / self._branches - (with_them - without) - drafting)
         self._groups = ()
 
     def _was_reached(self, group: Group, draft: Draft) -> bool:
@@ -201,6 +302,22 @@ class Worth:
     def _seconds(self, lane: Lane | None, tokens: NDArray[np.int64]) -> NDArray[np.float64]:
         pace = self._pace.get(lane)
         return pace.seconds(tokens) if pace else np.full(len(tokens), 0.0 if lane else 1.0)
+
+    def _step_seconds(self, drafts: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Estimate the seconds of this step with so many drafts, ascending: `[n]` to `[n]`.
+
+        Prompts that run in it take what they take, and are not counted; but a draft beside them costs what each of
+        their tokens does.
+        """
+        if not self._prompts:
+            return self._seconds(None, self._tokens + drafts)
+        alone, whole = self._seconds(None, np.array([max(self._tokens - self._prompts, 1), self._tokens]))
+        result: NDArray[np.float64] = alone + drafts * whole / self._tokens
+        return result
+
+    @property
+    def _trial(self) -> Trial:
+        return self._trials.setdefault(self._branches.bit_length(), Trial())
 
     def _fixed(self) -> int:
         """Count the drafts of this step that are run whatever they cost."""
@@ -216,16 +333,15 @@ class Worth:
         for draft in group.drafts.values():
             if draft.confidence is None and draft.parent in group.drafts:
                 pinned.update(_ancestry(group, draft.parent))
-        chances: dict[int, float] = {}
-        for node, draft in group.drafts.items():
-            if draft.confidence is not None and draft.runs and node not in pinned:
-                chances[node] = self._chance(draft.live, _name(draft), draft.confidence) * chances.get(
-                    draft.parent, 1.0
-                )
-        return chances
+        return {
+            node: draft.chance
+            for node, draft in group.drafts.items()
+            if draft.confidence is not None and draft.runs and node not in pinned
+        }
 
-    def _chance(self, live: Live, plugin: str, confidence: float) -> float:
-        key = _key(plugin, confidence)
+    def chance(self, live: Live, plugin: Plugin | None, confidence: float) -> float:
+        """Estimate how often a draft of such confidence is right where it is reached."""
+        key = _key(plugin.name if plugin else "", confidence)
         return live.record.mean(key, self._record.mean(key, confidence))
 
 

@@ -52,6 +52,8 @@ class PromptLookup(Plugin):
     def pre_forward(self, step: Step) -> None:
         """Look up every row's path, and hang what followed."""
         params = self.params
+        if params.adapt and not step.drafts_pay:
+            return
         paths, lengths = step.paths()
         guesses = []
         for path, length in zip(paths.cpu().numpy(), lengths.tolist(), strict=True):

@@ -109,6 +109,8 @@ class Suffix(Plugin):
     @hookimpl
     def pre_forward(self, step: Step) -> None:
         """Look up every row's path."""
+        if self.params.adapt and not step.drafts_pay:
+            return
         paths, lengths = step.paths()
         request, owns, budget = step.request.tolist(), step.own(self), step.budget.tolist()
         guesses, seen = [], set()
