@@ -1,7 +1,7 @@
 """Drafters against plain decoding and transformers' prompt lookup, side by side in one run, on the real model.
 
     python benchmarks/speculation.py [--dtype float32] [--batches 1,8,32] [--prompts 8] [--new 128]
-                                     [--drafters prompt_lookup,suffix] [--again] [--data FOLDER] [--json OUT]
+                                     [--drafters prompt_lookup,suffix] [--again] [--full] [--data FOLDER] [--json OUT]
 
 Prompts of Spec-Bench (summarisation and retrieval), greedy, up to `--new` tokens each, in chats of the model's own
 template. All sides take turns at the same prompts, so that a change of the machine's speed meets all. A ratio is
@@ -10,7 +10,8 @@ transformers' `prompt_lookup_num_tokens` takes one prompt at a time, so it is co
 after the first token is told too. Of larger batches most of the time is the prompts, so each round is decoded once more
 on an engine that has kept them: "prompts kept". `suffix` remembers nothing from one prompt to the next, but for the
 side that `--again` adds: there each prompt has been answered before. In float32 our texts must be the same with drafts
-and without, and those that are not are counted.
+and without, and those that are not are counted. In bfloat16 some differ, and end sooner or later: with `--full` all go
+on to `--new` tokens.
 """
 
 from __future__ import annotations
@@ -72,15 +73,22 @@ def prompts_of(folder: Path, count: int) -> list[str]:
 class Ours:
     """The engine, with the model loaded."""
 
-    def __init__(self, dtype: str, device: str, new: int, *, keeps: bool = False) -> None:
+    def __init__(self, options: argparse.Namespace, *, keeps: bool = False) -> None:
+        dtype, device = options.dtype, options.device
         self.engine = unspool.Engine.load("smollm2", dtype=dtype, device=device, prefix_cache=keeps)
-        self._new = new
+        self._new, self._full = options.new, options.full
 
     def say(self, prompts: Sequence[str], drafters: Sequence[str], new: int | None = None) -> Said:
         """Decode a batch."""
         plugins = [DRAFTERS.get(name, name) for name in drafters]
         requests = [
-            unspool.Request(prompt=prompt, strategy="greedy", plugins=plugins, max_new_tokens=new or self._new)
+            unspool.Request(
+                prompt=prompt,
+                strategy="greedy",
+                plugins=plugins,
+                max_new_tokens=new or self._new,
+                ignore_eos=self._full,
+            )
             for prompt in prompts
         ]
         start = time.perf_counter()
@@ -125,12 +133,12 @@ def interval(ratios: Sequence[float]) -> tuple[float, float, float]:
 
 def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Let all sides take turns."""
-    ours = Ours(options.dtype, options.device, options.new)
+    ours = Ours(options)
     theirs = Theirs(options.dtype, options.device, options.new, ours.engine.tokenizer)
     sides = {PLAIN: [], **{name: name.split("+") for name in options.drafters.split(",")}}
     if options.again:
         sides[AGAIN] = [AGAIN]
-    keeping = Ours(options.dtype, options.device, options.new, keeps=True) if max(options.batches) > 1 else ours
+    keeping = Ours(options, keeps=True) if max(options.batches) > 1 else ours
     rows = []
     for batch in options.batches:
         prompts = prompts_of(options.data, options.prompts if batch == 1 else batch * options.rounds)
@@ -206,6 +214,7 @@ def main() -> None:
     parser.add_argument("--lookup", type=int, default=10, help="transformers' prompt_lookup_num_tokens")
     parser.add_argument("--drafters", default="prompt_lookup,suffix", help="`a+b` is both together")
     parser.add_argument("--again", action="store_true", help="add `suffix` on prompts that were answered before")
+    parser.add_argument("--full", action="store_true", help="let no text end before `--new` tokens")
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("UNSPOOL_TEST_DATA", "../shared/data")))
     parser.add_argument("--json", help="write the figures to this file")
     options = parser.parse_args()

@@ -205,7 +205,7 @@ def test_drafts_that_lost_a_trial_rest_twice_as_long_each_time_and_begin_again()
             trial.note(saved)
         rests.append(trial.rest)
         trial.rest = 0
-    assert rests == [16, 32, 64, 64, 0, 16]
+    assert rests == [16, 32, 64, 128, 0, 16]
 
 
 class Laborious(Hopeful):
@@ -218,7 +218,7 @@ class Laborious(Hopeful):
 
     @hookimpl
     def pre_forward(self, step: Step) -> None:
-        if step.drafts_pay:
+        if any(step.takes([1.0])):
             Linear.now += self.params.thought
             Laborious.thoughts += 1
         super().pre_forward(step)

@@ -270,13 +270,18 @@ class Step:
         nodes = self.group.hang(self._caller, _list(parents), _list(tokens), q, sure)
         return self._ints(nodes)
 
-    @property
-    def drafts_pay(self) -> bool:
-        """Tell whether drafts with a confidence are taken in this step: they rest where they cost more than they saved.
+    def takes(self, confidence: Sequence[float]) -> list[bool]:
+        """Tell for each row whether a draft of such confidence just below it would be taken (in pre_forward).
 
-        A drafter that is told no need not look for any (in pre_forward).
+        What is taken may still be deleted for likelier ones. Where the answer is no, there is no need to look for any:
+        it would not be worth its row, or drafts rest, since they have lately cost more time than they saved.
+
+        Args:
+            confidence: `[rows]`.
         """
-        return not self.group.worth.rests
+        worth, caller = self.group.worth, self._caller
+        lives = (self._rows.lives[request] for request in self._rows.request)
+        return [worth.takes(live, caller, sure) for live, sure in zip(lives, confidence, strict=True)]
 
     def pays(
         self, parents: Tensor | Sequence[int], confidence: Tensor | Sequence[float], companion: str | None = None

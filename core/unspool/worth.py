@@ -34,7 +34,7 @@ ALIKE = (1, 8, 64)
 """Passes of up to so many tokens are taken to run the same code: a single token, a handful, more of them, and many."""
 KEEP = 0.98
 """What a pass counts after the next one of its band."""
-FOLLOW, STARTLED = 0.3, 0.3
+FOLLOW, STARTLED = 0.1, 0.3
 """How much of an unexpected time (in logarithms) is put down to the machine, and how much of it is believed at most."""
 FORGET = 1024
 """Passes after which a band that did not come again is unknown."""
@@ -42,7 +42,7 @@ MARGIN = 0.02
 """By how much drafts must seem to make the batch faster: what is chosen for its estimate is rarely as good."""
 AHEAD, LEAST = 64, 0.02
 """Of so many drafts that could be hung in a step the cheapest row is looked for. No draft is worth less of a token."""
-TRIAL, MOST_REST = 16, 64
+TRIAL, MOST_REST = 16, 256
 """Steps after which it is asked whether drafts have paid, and the most for which they rest where they have not."""
 LEVELS = 8
 """How finely confidences are told apart: by the halvings of what is missing to certainty."""
@@ -204,6 +204,10 @@ class Worth:
     def rests(self) -> bool:
         """Tell whether no draft is taken in this step, since they did not pay of late."""
         return self.least > 1
+
+    def takes(self, live: Live, plugin: Plugin | None, confidence: float) -> bool:
+        """Tell whether a draft of such confidence would be taken below a row."""
+        return not self.rests and self.chance(live, plugin, confidence) >= self.least
 
     def begin(self, plan: Plan, groups: Sequence[Group]) -> None:
         """Begin a step, before drafts are hung."""

@@ -52,6 +52,10 @@ class Automaton:
         link = self._link[state]
         return (link, self._length[link]) if link >= 0 else (ROOT, 0)
 
+    def follows(self, state: int) -> bool:
+        """Tell whether anything was read after a state."""
+        return bool(self._follow[state])
+
     def following(self, state: int) -> list[tuple[int, int, int]]:
         """List what was read after a state: (token, its state, how often)."""
         states = [(token, self._next[state << 32 | token]) for token in self._follow[state]]

@@ -52,15 +52,22 @@ class PromptLookup(Plugin):
     def pre_forward(self, step: Step) -> None:
         """Look up every row's path, and hang what followed."""
         params = self.params
-        if params.adapt and not step.drafts_pay:
+        if params.adapt and not any(step.takes([1.0] * len(step.node))):
             return
         paths, lengths = step.paths()
-        guesses = []
-        for path, length in zip(paths.cpu().numpy(), lengths.tolist(), strict=True):
-            matched, end = longest_match(path[:length], params.max_ngram)
-            chain = follow(path[:length], end, params.length) if matched >= params.min_ngram else []
-            guesses.append([Guess(i - 1, token, 1 - 1 / (1 + matched + i)) for i, token in enumerate(chain)])
+        rows = [path[:length] for path, length in zip(paths.cpu().numpy(), lengths.tolist(), strict=True)]
+        found = [longest_match(path, params.max_ngram) for path in rows]
+        takes = step.takes([_sure(matched, 0) for matched, _ in found]) if params.adapt else [True] * len(rows)
+        guesses: list[list[Guess]] = []
+        for path, (matched, end), taken in zip(rows, found, takes, strict=True):
+            chain = follow(path, end, params.length) if taken and matched >= params.min_ngram else []
+            guesses.append([Guess(i - 1, token, _sure(matched, i)) for i, token in enumerate(chain)])
         hang(step, guesses, adapt=params.adapt)
+
+
+def _sure(matched: int, depth: int) -> float:
+    """Say how sure a draft is at a depth from 0, below so many tokens that matched."""
+    return 1 - 1 / (1 + matched + depth)
 
 
 def longest_match(path: NDArray[np.int64], most: int) -> tuple[int, int]:

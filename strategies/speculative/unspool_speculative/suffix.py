@@ -18,6 +18,8 @@ import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 
 from unspool.plugin import Parameters, Plugin, hookimpl
@@ -109,29 +111,42 @@ class Suffix(Plugin):
     @hookimpl
     def pre_forward(self, step: Step) -> None:
         """Look up every row's path."""
-        if self.params.adapt and not step.drafts_pay:
+        adapt, count = self.params.adapt, len(step.node)
+        if adapt and not any(step.takes([1.0] * count)):
             return
         paths, lengths = step.paths()
-        request, owns, budget = step.request.tolist(), step.own(self), step.budget.tolist()
-        guesses, seen = [], set()
-        for row, (padded, length) in enumerate(zip(paths.tolist(), lengths.tolist(), strict=True)):
+        request, owns = step.request.tolist(), step.own(self)
+        found, seen = [], set()
+        for row, (padded, length) in enumerate(zip(paths.numpy(force=True), lengths.tolist(), strict=True)):
             own, path = owns[request[row]], padded[:length]
             if request[row] not in seen:
                 seen.add(request[row])
-                _read(own, path)
-            guesses.append(self._guess(own, path, min(self.params.length, budget[row])))
-        hang(step, guesses, adapt=self.params.adapt)
+                _read(own, path.tolist())
+            found.append(_find(own, path))
+        takes = step.takes([_sure(matched, 0) for matched, _, _ in found]) if adapt else [True] * count
+        guesses: list[list[Guess]] = []
+        for (matched, automaton, state), taken, budget in zip(found, takes, step.budget.tolist(), strict=True):
+            said = taken and matched >= self.params.min_match
+            guesses.append(likeliest(automaton, state, matched, min(self.params.length, budget)) if said else [])
+        hang(step, guesses, adapt=adapt)
 
-    def _guess(self, own: Own, path: list[int], most: int) -> list[Guess]:
-        """Find the likeliest drafts below a path, parents first."""
-        end, found = path[-LOOK_BACK:], []
-        for automaton in (own.automaton, *([own.memory.automaton] if own.memory else [])):
-            state, matched = automaton.find(end)
-            while state != ROOT and not automaton.following(state):
-                state, matched = automaton.shorter(state)  # a text's own end, after which nothing was said
-            found.append((matched, automaton, state))
-        matched, automaton, state = max(found, key=lambda one: one[0])
-        return likeliest(automaton, state, matched, most) if matched >= self.params.min_match else []
+
+def _find(own: Own, path: NDArray[np.int64]) -> tuple[int, Automaton, int]:
+    """Find the longest ending of a path after which something was said: its length, and where it is known."""
+    end = path[-LOOK_BACK:].tolist()
+    found = []
+    for automaton in (own.automaton, *([own.memory.automaton] if own.memory else [])):
+        its_own = automaton is own.automaton and len(own.read) == len(path) and own.read[-LOOK_BACK:] == end
+        state, matched = automaton.shorter(own.last) if its_own else automaton.find(end)
+        while state != ROOT and not automaton.follows(state):
+            state, matched = automaton.shorter(state)  # a text's own end, after which nothing was said
+        found.append((min(matched, LOOK_BACK), automaton, state))
+    return max(found, key=lambda one: one[0])
+
+
+def _sure(matched: int, depth: int) -> float:
+    """Say how sure a draft is at a depth from 0, below so many tokens that matched, if nothing else ever followed."""
+    return 1 - 1 / (1 + matched + depth)
 
 
 def likeliest(automaton: Automaton, state: int, matched: int, most: int) -> list[Guess]:
@@ -145,7 +160,7 @@ def likeliest(automaton: Automaton, state: int, matched: int, most: int) -> list
         following = automaton.following(state)
         total = sum(count for _, _, count in following)
         for token, to, count in following:
-            sure = count / total * (1 - 1 / (1 + matched + depth))
+            sure = count / total * _sure(matched, depth)
             heapq.heappush(heap, (-chance * sure, order, parent, token, sure, to, depth))
             order += 1
 
