@@ -133,22 +133,17 @@ def interval(ratios: Sequence[float]) -> tuple[float, float, float]:
 
 def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Let all sides take turns."""
-    ours = Ours(options)
-    theirs = Theirs(options.dtype, options.device, options.new, ours.engine.tokenizer)
     sides = {PLAIN: [], **{name: name.split("+") for name in options.drafters.split(",")}}
     if options.again:
         sides[AGAIN] = [AGAIN]
-    keeping = Ours(options, keeps=True) if max(options.batches) > 1 else ours
+    kept = {batch: decoded(options, batch, sides) for batch in options.batches if batch > 1}
+    ours = Ours(options)
+    theirs = Theirs(options.dtype, options.device, options.new, ours.engine.tokenizer)
     rows = []
     for batch in options.batches:
-        prompts = prompts_of(options.data, options.prompts if batch == 1 else batch * options.rounds)
-        rounds = [prompts[i : i + batch] for i in range(0, len(prompts) - batch + 1, batch)]
+        warm(ours, batch, sides)
         said: list[dict[str, Said]] = []
-        kept: list[dict[str, Said]] = []
-        for drafters in sides.values():  # warms up
-            for engine in (ours, keeping):
-                engine.say(["Count to one hundred."] * batch, drafters)
-        for round_ in rounds:
+        for round_ in rounds_of(options, batch):
             turns = {}
             for name, drafters in sides.items():
                 if name == AGAIN:
@@ -158,13 +153,34 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
                 turns[THEIRS] = theirs.say(round_[0], None)
                 turns[THEIR_LOOKUP] = theirs.say(round_[0], options.lookup)
             said.append(turns)
-            if batch > 1:
-                keeping.say(round_, [], new=1)
-                kept.append({name: keeping.say(round_, drafters) for name, drafters in sides.items()})
-        rows += [row_of(batch, name, said, kept) for name in said[0]]
+        rows += [row_of(batch, name, said, kept.get(batch, [])) for name in said[0]]
         unequal = sum(turns[name].texts != turns[PLAIN].texts for turns in said for name in sides)
-        print(f"batch {batch}: {len(rounds)} rounds, {unequal} of our texts differ from the plain ones", flush=True)
+        print(f"batch {batch}: {len(said)} rounds, {unequal} of our texts differ from the plain ones", flush=True)
     return rows
+
+
+def decoded(options: argparse.Namespace, batch: int, sides: dict[str, list[str]]) -> list[dict[str, Said]]:
+    """Let all sides take turns where prompts were kept, on an engine alone: threads of two are in each other's way."""
+    ours = Ours(options, keeps=True)
+    warm(ours, batch, sides)
+    said = []
+    for round_ in rounds_of(options, batch):
+        ours.say(round_, [], new=1)
+        said.append({name: ours.say(round_, drafters) for name, drafters in sides.items()})
+    ours.engine.close()
+    return said
+
+
+def rounds_of(options: argparse.Namespace, batch: int) -> list[list[str]]:
+    """Give the prompts of each round."""
+    prompts = prompts_of(options.data, options.prompts if batch == 1 else batch * options.rounds)
+    return [prompts[i : i + batch] for i in range(0, len(prompts) - batch + 1, batch)]
+
+
+def warm(ours: Ours, batch: int, sides: dict[str, list[str]]) -> None:
+    """Let each side decode something."""
+    for drafters in sides.values():
+        ours.say(["Count to one hundred."] * batch, drafters)
 
 
 def row_of(batch: int, name: str, said: Sequence[dict[str, Said]], kept: Sequence[dict[str, Said]]) -> dict[str, Any]:
