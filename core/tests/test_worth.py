@@ -44,6 +44,11 @@ def test_of_an_unknown_size_the_best_is_thought() -> None:
     assert estimate(Pace(), 1, 100) == [1.0, 1.0]
 
 
+def test_a_pass_of_nothing_takes_what_a_token_does() -> None:
+    pace = learnt({0: 0.03})
+    assert estimate(pace, 0, 1) == pytest.approx([0.03, 0.03])
+
+
 def test_a_token_that_needs_other_code_is_told_from_one_more_of_the_same() -> None:
     """Eight tokens take 14 ms and nine 23: known apart, though they are neighbours."""
     pace = learnt({4: 0.0120, 8: 0.0136, 9: 0.0230, 32: 0.0345})

@@ -65,6 +65,7 @@ class Pace:
 
     def observe(self, tokens: int, seconds: float) -> None:
         """Learn from a pass."""
+        tokens = max(tokens, 1)  # there may be none: all that is read has run already
         band, value = bisect_left(ALIKE, tokens), math.log(max(seconds, 1e-7))
         if not self._lines:
             self._level = value
@@ -84,6 +85,7 @@ class Pace:
         known = sorted(band for band, line in self._lines.items() if line.seen > 1)
         if not known:
             return np.ones(len(tokens))
+        tokens = np.maximum(tokens, 1)
         bands = np.searchsorted(ALIKE, tokens)
         times = np.empty(len(tokens))
         for band in np.unique(bands).tolist():
