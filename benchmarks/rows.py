@@ -24,7 +24,7 @@ from tqdm import tqdm
 import unspool
 from unspool.runner import Batch, Output
 
-SHORT, LONG = 4, 36
+SHORT, LONG = 4, 100
 LAYERS = [20, 22, 24, 26, 28]
 SIDES: dict[str, tuple[int, Any, list[Any]]] = {
     "beam of 4": (4, {"beam": {"width": 4, "early_stopping": "never"}}, []),
