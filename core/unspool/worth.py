@@ -222,7 +222,7 @@ class Worth:
             self.least = math.inf
             return
         seconds = self._step_seconds(np.arange(AHEAD + 1))
-        self.least = max(LEAST, self._branches / seconds[0] * float(np.diff(seconds).min()))
+        self.least = max(LEAST, float(self._branches / seconds[0] * np.diff(seconds).min()))
 
     def keep_the_best(self) -> None:
         """Delete the drafts that are not worth their rows, of all groups."""
@@ -312,13 +312,15 @@ class Worth:
     def _step_seconds(self, drafts: NDArray[np.int64]) -> NDArray[np.float64]:
         """Estimate the seconds of this step with so many drafts, ascending: `[n]` to `[n]`.
 
-        Prompts that run in it take what they take, and are not counted; but a draft beside them costs what each of
+        Prompts that run in it take what they take, and are not counted; but a draft beside long ones costs what each of
         their tokens does.
         """
+        seconds = self._seconds(None, self._tokens + drafts)
         if not self._prompts:
-            return self._seconds(None, self._tokens + drafts)
+            return seconds
         alone, whole = self._seconds(None, np.array([max(self._tokens - self._prompts, 1), self._tokens]))
-        result: NDArray[np.float64] = alone + drafts * whole / self._tokens
+        long = self._tokens > ALIKE[-1]
+        result: NDArray[np.float64] = alone + (drafts * whole / self._tokens if long else seconds - whole)
         return result
 
     @property
