@@ -23,6 +23,11 @@ class Guess(NamedTuple):
     sure: float
 
 
+def sure(matched: int, depth: int) -> float:
+    """Say how sure it is that a text goes on as it did after so many tokens that match, at a depth from 0."""
+    return 1 - 1 / (1 + matched + depth)
+
+
 def hang(step: Step, guesses: Sequence[Sequence[Guess]], *, adapt: bool) -> list[dict[int, int]]:
     """Hang each row's guesses, a depth of all rows at a time.
 
@@ -42,8 +47,8 @@ def hang(step: Step, guesses: Sequence[Sequence[Guess]], *, adapt: bool) -> list
     ready = [(row, number, node) for row, node in enumerate(step.node.tolist()) for number in below[row].get(-1, ())]
     while ready:
         chosen = [guesses[row][number] for row, number, _ in ready]
-        sure = [guess.sure for guess in chosen] if adapt else None
-        hung = step.draft([node for _, _, node in ready], [guess.token for guess in chosen], None, sure).tolist()
+        confidence = [guess.sure for guess in chosen] if adapt else None
+        hung = step.draft([node for _, _, node in ready], [guess.token for guess in chosen], None, confidence).tolist()
         following = []
         for (row, parent, _), node in zip(ready, hung, strict=True):
             if node >= 0:

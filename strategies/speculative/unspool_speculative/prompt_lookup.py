@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from unspool.plugin import Parameters, Plugin, hookimpl
-from unspool_speculative.hang import Guess, hang
+from unspool_speculative.hang import Guess, hang, sure
 
 if TYPE_CHECKING:
     from typing import Self
@@ -57,17 +57,12 @@ class PromptLookup(Plugin):
         paths, lengths = step.paths()
         rows = [path[:length] for path, length in zip(paths.cpu().numpy(), lengths.tolist(), strict=True)]
         found = [longest_match(path, params.max_ngram) for path in rows]
-        takes = step.takes([_sure(matched, 0) for matched, _ in found]) if params.adapt else [True] * len(rows)
+        takes = step.takes([sure(matched, 0) for matched, _ in found]) if params.adapt else [True] * len(rows)
         guesses: list[list[Guess]] = []
         for path, (matched, end), taken in zip(rows, found, takes, strict=True):
             chain = follow(path, end, params.length) if taken and matched >= params.min_ngram else []
-            guesses.append([Guess(i - 1, token, _sure(matched, i)) for i, token in enumerate(chain)])
+            guesses.append([Guess(i - 1, token, sure(matched, i)) for i, token in enumerate(chain)])
         hang(step, guesses, adapt=params.adapt)
-
-
-def _sure(matched: int, depth: int) -> float:
-    """Say how sure a draft is at a depth from 0, below so many tokens that matched."""
-    return 1 - 1 / (1 + matched + depth)
 
 
 def longest_match(path: NDArray[np.int64], most: int) -> tuple[int, int]:

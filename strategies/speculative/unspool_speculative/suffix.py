@@ -24,7 +24,7 @@ from pydantic import Field
 
 from unspool.plugin import Parameters, Plugin, hookimpl
 from unspool_speculative.automaton import ROOT, Automaton
-from unspool_speculative.hang import Guess, hang
+from unspool_speculative.hang import Guess, hang, sure
 
 if TYPE_CHECKING:
     from unspool.request import PreparedRequest, Result
@@ -123,7 +123,7 @@ class Suffix(Plugin):
                 seen.add(request[row])
                 _read(own, path.tolist())
             found.append(_find(own, path))
-        takes = step.takes([_sure(matched, 0) for matched, _, _ in found]) if adapt else [True] * count
+        takes = step.takes([sure(matched, 0) for matched, _, _ in found]) if adapt else [True] * count
         guesses: list[list[Guess]] = []
         for (matched, automaton, state), taken, budget in zip(found, takes, step.budget.tolist(), strict=True):
             said = taken and matched >= self.params.min_match
@@ -144,11 +144,6 @@ def _find(own: Own, path: NDArray[np.int64]) -> tuple[int, Automaton, int]:
     return max(found, key=lambda one: one[0])
 
 
-def _sure(matched: int, depth: int) -> float:
-    """Say how sure a draft is at a depth from 0, below so many tokens that matched, if nothing else ever followed."""
-    return 1 - 1 / (1 + matched + depth)
-
-
 def likeliest(automaton: Automaton, state: int, matched: int, most: int) -> list[Guess]:
     """Grow the tree of what followed a state, the likeliest node first."""
     guesses: list[Guess] = []
@@ -160,14 +155,14 @@ def likeliest(automaton: Automaton, state: int, matched: int, most: int) -> list
         following = automaton.following(state)
         total = sum(count for _, _, count in following)
         for token, to, count in following:
-            sure = count / total * _sure(matched, depth)
-            heapq.heappush(heap, (-chance * sure, order, parent, token, sure, to, depth))
+            confidence = count / total * sure(matched, depth)
+            heapq.heappush(heap, (-chance * confidence, order, parent, token, confidence, to, depth))
             order += 1
 
     push(-1, state, 1.0, 0)
     while heap and len(guesses) < most:
-        negative, _, parent, token, sure, to, depth = heapq.heappop(heap)
-        guesses.append(Guess(parent, token, sure))
+        negative, _, parent, token, confidence, to, depth = heapq.heappop(heap)
+        guesses.append(Guess(parent, token, confidence))
         push(len(guesses) - 1, to, -negative, depth + 1)
     return guesses
 
