@@ -12,7 +12,7 @@ from unspool.plugin import Parameters, Plugin, hookimpl
 from unspool.runner import Batch, Output
 from unspool.schedule import Plan
 from unspool.step import Step
-from unspool.worth import FORGET, TRIAL, Pace, Record, Trial, Worth
+from unspool.worth import FORGET, LEAST, TRIAL, Pace, Record, Trial, Worth
 from unspool_testing.compare import check_equal, check_speculation
 from unspool_testing.driver import alone, drive, plugin, request
 from unspool_testing.hosts import Likeliest
@@ -206,7 +206,7 @@ def test_drafts_that_lost_a_trial_rest_twice_as_long_each_time_and_begin_again()
     trial, rests = Trial(), []
     for saved in (-1.0, -1.0, -1.0, -1.0, 1.0, -1.0):
         for _ in range(TRIAL):
-            assert trial.rest == 0 or saved, "it is noted where they do not rest"
+            assert trial.rest == 0, "a trial ends with its last step"
             trial.note(saved)
         rests.append(trial.rest)
         trial.rest = 0
@@ -250,3 +250,14 @@ def test_beside_prompts_a_draft_costs_what_each_of_their_tokens_does() -> None:
         worth.learn(plan, 0.0, seconds)
     worth.begin(plan, [])
     assert worth.least == pytest.approx(8 / 0.016 * 0.5 / 512, rel=0.01)
+
+
+def test_beside_a_short_prompt_a_draft_costs_what_a_longer_pass_does() -> None:
+    """A pass of 8 tokens takes no longer than one of 2: nor does one of 8 of which one is of a prompt."""
+    worth, plan = Worth(), Plan(ready=[SimpleNamespace(branches=range(1))])  # type: ignore[list-item]
+    for plan.tokens in (2, 8) * 10:
+        worth.begin(plan, [])
+        worth.learn(plan, 0.0, 0.01)
+    plan.tokens, plan.prompts = 3, 1
+    worth.begin(plan, [])
+    assert worth.least == LEAST
