@@ -138,7 +138,7 @@ FAULTS: tuple[Fault, ...] = (
         edit(
             divergence,
             ("mul_(both)).sum(dim=-1) / 2", "mul_(one.p)).sum(dim=-1)"),
-            ("(one.entropy + other.entropy) / 2", "one.entropy"),
+            ("mean - (one.entropy + other.entropy) / 2", "(mean - one.entropy) / 2"),
         ),
     ),
     fault(
