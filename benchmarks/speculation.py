@@ -144,11 +144,7 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
         warm(ours, batch, sides)
         said: list[dict[str, Said]] = []
         for round_ in rounds_of(options, batch):
-            turns = {}
-            for name, drafters in sides.items():
-                if name == AGAIN:
-                    ours.say(round_, drafters)
-                turns[name] = ours.say(round_, drafters)
+            turns = in_turn(ours, round_, sides)
             if batch == 1:
                 turns[THEIRS] = theirs.say(round_[0], None)
                 turns[THEIR_LOOKUP] = theirs.say(round_[0], options.lookup)
@@ -166,8 +162,18 @@ def decoded(options: argparse.Namespace, batch: int, sides: dict[str, list[str]]
     said = []
     for round_ in rounds_of(options, batch):
         ours.say(round_, [], new=1)
-        said.append({name: ours.say(round_, drafters) for name, drafters in sides.items()})
+        said.append(in_turn(ours, round_, sides))
     ours.engine.close()
+    return said
+
+
+def in_turn(ours: Ours, prompts: Sequence[str], sides: dict[str, list[str]]) -> dict[str, Said]:
+    """Decode a round by each side."""
+    said = {}
+    for name, drafters in sides.items():
+        if name == AGAIN:
+            ours.say(prompts, drafters)
+        said[name] = ours.say(prompts, drafters)
     return said
 
 
