@@ -57,7 +57,7 @@ def ways(dtype: torch.dtype) -> list[Sequence[Any]]:
             found[id(linear)] = linear
     linears = list(found.values())
     packs = [each for each in dict.fromkeys([dtype, torch.float32]) if can_pack(each)]
-    return [linears, *([Packed(linear.weight, linear.bias, each) for linear in linears] for each in packs)]
+    return [linears, *([Packed(linear, each) for linear in linears] for each in packs)]
 
 
 def products(linears: Sequence[Any], rows: int, wanted: int, dtype: torch.dtype) -> Callable[[], None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -110,24 +111,61 @@ def test_nan_in_one_request_stays_there() -> None:
     assert not found[:, 1:].isnan().any()
 
 
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("width", [1, 7, 48, 500])
-@pytest.mark.parametrize("depth", [32, 160, 576])
-def test_products_of_a_few_rows_are_right_and_each_row_is_its_own(width: int, depth: int) -> None:
+@pytest.mark.parametrize("depth", [8, 160, 576])
+@pytest.mark.parametrize("integers", [False, True])
+def test_products_are_right_and_each_row_is_its_own(integers: bool, depth: int, width: int, threads: None) -> None:
     if not kernel.multiplies():
         pytest.skip("the processor does not multiply bfloat16")
     random = torch.Generator().manual_seed(width)
     weight, bias = (torch.randn(*shape, generator=random).bfloat16() for shape in ((width, depth), (width,)))
-    for count in range(1, 20):
+    scale = None
+    if integers:
+        weight = torch.randint(-127, 128, (width, depth), generator=random, dtype=torch.int8)
+        scale = torch.rand(width, generator=random) / 127
+    laid = torch.ops.unspool.lay_out(weight)
+    for count in (*range(1, 20), 64, 67):
+        torch.set_num_threads(1 + count % 3)
         rows = torch.randn(count, depth, generator=random).bfloat16()
-        exact = rows.double() @ weight.double().T
+        exact = rows.double() @ (weight.double() * (1 if scale is None else scale.double()[:, None])).T
         for added in (None, bias):
-            found = torch.ops.unspool.project(rows, weight, added)
+            found = torch.ops.unspool.project(rows, laid, scale, added, width)
             expected = exact if added is None else exact + added.double()
             torch.testing.assert_close(found.double(), expected, rtol=2**-8, atol=1e-4)
+        clean = torch.ops.unspool.project(rows, laid, scale, bias, width)
+        assert torch.equal(clean[:1], torch.ops.unspool.project(rows[:1], laid, scale, bias, width))
         rows[count // 2] = torch.nan
-        spoilt = torch.ops.unspool.project(rows, weight, bias).isnan()
+        spoilt = torch.ops.unspool.project(rows, laid, scale, bias, width).isnan()
         assert spoilt[count // 2].all()
         assert spoilt.sum() == width
+
+
+def test_weights_that_cannot_be_laid_out_and_products_that_do_not_fit_are_refused() -> None:
+    if not kernel.multiplies():
+        pytest.skip("the processor does not multiply bfloat16")
+    lay_out, project = torch.ops.unspool.lay_out, torch.ops.unspool.project
+    with pytest.raises(RuntimeError, match="multiple of 8 numbers, not 12"):
+        lay_out(torch.zeros(4, 12, dtype=torch.bfloat16))
+    with pytest.raises(RuntimeError, match="takes bfloat16 or int8, not Float"):
+        lay_out(torch.zeros(4, 16))
+    with pytest.raises(RuntimeError, match="from -127 to 127, not -128"):
+        lay_out(torch.full((4, 16), -128, dtype=torch.int8))
+    laid = lay_out(torch.zeros(50, 16, dtype=torch.bfloat16))
+    with pytest.raises(RuntimeError, match="rows of bfloat16, not Float"):
+        project(torch.zeros(1, 16), laid, None, None, 50)
+    with pytest.raises(RuntimeError, match="laid out for rows of 24 numbers"):
+        project(torch.zeros(1, 24, dtype=torch.bfloat16), laid, None, None, 50)
+    with pytest.raises(RuntimeError, match="has 96 columns, not 97"):
+        project(torch.zeros(1, 16, dtype=torch.bfloat16), laid, None, None, 97)
+    with pytest.raises(RuntimeError, match="a scale and a bias of 50 numbers"):
+        project(torch.zeros(1, 16, dtype=torch.bfloat16), laid, None, torch.zeros(49, dtype=torch.bfloat16), 50)
 
 
 def test_without_a_compiler_the_error_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -17,15 +17,16 @@ from typer.testing import CliRunner
 from unspool.cli import app
 from unspool.errors import ModelError
 from unspool.huggingface import HuggingFaceRunner, compiler, kernel, package
+from unspool.huggingface.int8 import quantize, widen
 from unspool.huggingface.load import load
-from unspool.huggingface.package import KINDS, make
-from unspool.huggingface.projections import Projection, join, multiply_by_kernel, quicken
+from unspool.huggingface.package import KINDS, KINDS_BY_KERNEL, make
+from unspool.huggingface.projections import quicken
 from unspool.runner import Batch, Output, Span
 from unspool_testing.compiling import untuned
 from unspool_testing.networks import tiny_model
 
 pytestmark = [pytest.mark.skipif(kernel.compiler() is None, reason="no C++ compiler"), pytest.mark.slow]
-ONE, SOME, FEW, MANY = KINDS
+ONE, FEW, MANY = KINDS
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -105,34 +106,32 @@ def test_passes_of_the_first_layers_are_left_to_the_models_own_code(gemma: Huggi
     torch.testing.assert_close(shallow, gemma.head(deep.hidden[1]), rtol=1e-4, atol=1e-4)
 
 
-def test_bfloat16_stays_near_float32_whatever_the_processor_multiplies() -> None:
-    runner = compiled_runner(tiny_model("llama", torch.bfloat16), FEW)
-    exact: Any = tiny_model("llama", torch.bfloat16)
-    exact = HuggingFaceRunner(exact.float(), compiled=False)
-    for compiled, expected in zip(passes(runner), passes(exact), strict=True):
-        assert compiled.logits.dtype == torch.bfloat16
-        if len(expected.logits):
-            error = (compiled.logits.float() - expected.logits).square().mean().sqrt()
-            assert error < 0.05 * expected.logits.std()
-
-
-def test_passes_of_some_tokens_multiply_by_the_kernel() -> None:
-    if not kernel.multiplies():
+@pytest.mark.parametrize("integers", [False, True])
+@pytest.mark.parametrize("multiplies", [False, True])
+def test_bfloat16_stays_near_float32_whatever_the_processor_multiplies(
+    multiplies: bool, integers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if multiplies and not kernel.multiplies():
         pytest.skip("the processor does not multiply bfloat16")
-    model: Any = tiny_model("llama", torch.bfloat16, hidden_size=64, intermediate_size=96)
-    multiplied = copy.deepcopy(model)
-    join(multiplied)
-    multiply_by_kernel(multiplied)
-    layer = multiplied.model.layers[0]
-    assert isinstance(layer.self_attn.q_proj.joint.project, Projection)
-    assert isinstance(layer.mlp.down_proj, Projection)
-    assert isinstance(multiplied.lm_head, Projection)
-    exact = passes(HuggingFaceRunner(copy.deepcopy(model).float(), compiled=False))
+    monkeypatch.setattr(kernel, "multiplies", lambda: multiplies)
+    model: Any = tiny_model("llama", torch.bfloat16)
+    if integers:
+        quantize(model)
+    exact = copy.deepcopy(model)
+    widen(exact, torch.float32)
+    # They are named alike, so each has weights of its own.
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1 + multiplies)
+        exact.model.norm.weight.mul_(1 + multiplies)
     own = passes(HuggingFaceRunner(copy.deepcopy(model), compiled=False))
-    compiled = passes(compiled_runner(model, SOME, FEW))
-    for found, rounded, expected in zip(compiled, own, exact, strict=True):
+    runner = compiled_runner(model, *(KINDS_BY_KERNEL if multiplies else KINDS))
+    for found, rounded, expected in zip(
+        passes(runner), own, passes(HuggingFaceRunner(exact, compiled=False)), strict=True
+    ):
+        assert found.logits.dtype == torch.bfloat16
         if len(expected.logits):
             errors = [(each.logits.float() - expected.logits).square().mean().sqrt() for each in (found, rounded)]
+            assert errors[0] < 0.05 * expected.logits.std()
             assert errors[0] < 2 * errors[1]
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
-from unspool.huggingface import projections
-from unspool.huggingface.projections import Packed, Part, quicken
+from unspool.huggingface import kernel, projections
+from unspool.huggingface.int8 import Int8Linear, quantize, widen
+from unspool.huggingface.projections import Packed, Part, Projection, multiplied_by_kernel, quicken
 from unspool_testing.networks import ARCHITECTURES, tiny_model
 
 
@@ -46,8 +48,9 @@ def test_joined_projections_that_are_packed_keep_the_weights_that_the_model_has(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("able", [None, (), (torch.float32,)])
-def test_weights_are_packed_within_rounding_in_what_the_processor_multiplies(
-    able: tuple[torch.dtype, ...] | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("by_kernel", [False, True])
+def test_weights_are_laid_out_within_rounding_for_what_the_processor_multiplies(
+    by_kernel: bool, able: tuple[torch.dtype, ...] | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if able is not None:
         monkeypatch.setattr(projections, "can_pack", lambda dtype: dtype in able)
@@ -55,13 +58,48 @@ def test_weights_are_packed_within_rounding_in_what_the_processor_multiplies(
     ids = torch.randint(3, 60, (1, 9), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         before = model(ids, use_cache=False).logits
-        quicken(model)
+        quicken(model, by_kernel=by_kernel)
         after = model(ids, use_cache=False).logits
-    packed = isinstance(model.get_submodule("model.layers.0.self_attn.o_proj"), Packed)
-    assert packed == (projections.packing(dtype) is not None)
-    assert packed or able == ()
+    output = model.get_submodule("model.layers.0.self_attn.o_proj")
+    if by_kernel and dtype == torch.bfloat16 and kernel.multiplies():
+        assert isinstance(output, Projection)
+    else:
+        packed = isinstance(output, Packed)
+        assert packed == (projections.packing(dtype) is not None)
+        assert packed or able == ()
     tolerance = 1e-5 if dtype == torch.float32 else 0.05
     torch.testing.assert_close(after, before, rtol=tolerance, atol=tolerance * float(before.abs().max()))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "qwen3", "opt", "gpt2"])
+@pytest.mark.parametrize("integers", [False, True])
+@torch.inference_mode()
+def test_products_by_the_kernel_are_those_of_the_layers_and_a_row_is_the_same_beside_any(
+    integers: bool, architecture: str
+) -> None:
+    if not kernel.multiplies():
+        pytest.skip("the processor does not multiply bfloat16")
+    model, exact = (tiny_model(architecture, dtype=torch.bfloat16) for _ in range(2))
+    if integers:
+        quantize(model)
+        quantize(exact)
+    state = {name: weight.data_ptr() for name, weight in model.state_dict().items()}
+    mostly = multiplied_by_kernel(model)
+    assert mostly == (architecture != "gpt2"), "its weights are not in linear layers"
+    ids = torch.randint(3, 60, (1, 40), generator=torch.Generator().manual_seed(1))
+    widen(exact, torch.float32)
+    before = exact(ids, use_cache=False).logits
+    quicken(model)
+    assert {name: weight.data_ptr() for name, weight in model.state_dict().items()} == state
+    assert multiplied_by_kernel(model) == mostly
+    linears = [each for each in model.modules() if isinstance(each, (Projection, Part))]
+    assert linears
+    assert not any(type(module) in (nn.Linear, Int8Linear) for module in model.modules())
+    after = model(ids, use_cache=False).logits
+    assert (after.float() - before).square().mean().sqrt() < 0.05 * before.std()
+    for linear in linears:
+        rows = torch.randn(40, linear.in_features).bfloat16()
+        assert all(torch.equal(linear(rows[:n]), linear(rows)[:n]) for n in (1, 2, 7, 8, 9, 17, 39))
 
 
 def test_weights_that_do_not_fit_into_memory_twice_are_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,8 @@
 
 Each output channel has a scale, the greatest magnitude of its weights over 127, and each weight is the nearest multiple
 of it (symmetric absmax quantization, Dettmers et al. 2022, https://arxiv.org/abs/2208.07339, without its outlier part).
-The product is torch's own. Embeddings and norms stay as they are.
+The product is torch's own, or for bfloat16 rows the kernel's where it can (`projections.py`). Embeddings and norms stay
+as they are.
 """
 
 from __future__ import annotations
@@ -18,19 +19,27 @@ class Int8Linear(nn.Module):
     """A linear layer with integer weights.
 
     Args:
-        linear: the layer whose weights it rounds.
+        weight: `[out, in]` int8, from -127 to 127.
+        scale: `[out]`, what a channel's integers are multiples of.
+        bias: `[out]`, or None.
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, weight: Tensor, scale: Tensor, bias: nn.Parameter | None) -> None:
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        exact = linear.weight.detach().float()
-        scale = exact.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
+        self.out_features, self.in_features = weight.shape
         self.weight: Tensor
         self.scale: Tensor
-        self.register_buffer("weight", (exact / scale[:, None]).round().to(torch.int8))
-        self.register_buffer("scale", scale.to(linear.weight.dtype))
-        self.bias = linear.bias
+        self.bias: nn.Parameter | None
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+        self.register_parameter("bias", bias)
+
+    @classmethod
+    def rounded(cls, linear: nn.Linear) -> Int8Linear:
+        """Round the weights of a layer."""
+        exact = linear.weight.detach().float()
+        scale = exact.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
+        return cls((exact / scale[:, None]).round().to(torch.int8), scale.to(linear.weight.dtype), linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Project `x` `[..., in]` to `[..., out]`."""
@@ -46,7 +55,7 @@ class Int8Linear(nn.Module):
         """Give an ordinary layer with the same rounded weights, in the dtype of the scales."""
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         linear.weight = nn.Parameter(self.weight.to(self.scale.dtype) * self.scale[:, None], requires_grad=False)
-        linear.bias = self.bias
+        linear.register_parameter("bias", self.bias)
         return linear
 
 
@@ -55,7 +64,7 @@ def quantize(model: nn.Module) -> None:
     """Round the weights of all linear layers of a model."""
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear:
-            model.set_submodule(name, Int8Linear(module))
+            model.set_submodule(name, Int8Linear.rounded(module))
 
 
 @torch.no_grad()

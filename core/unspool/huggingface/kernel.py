@@ -1,8 +1,8 @@
 """Kernels: C++ operators, built once for a machine and a release of torch, kept in the user's cache.
 
 Attention reads keys and values where they lie in the pool, any path of any tree, and a prefix that many paths share
-once for all of them (`attention.cpp`). Products of a few rows with bfloat16 weights cost no more than reading these
-(`products.cpp`); they are there where the processor multiplies bfloat16, and compiled passes alone use them. Where
+once for all of them (`attention.cpp`). Products of bfloat16 rows with bfloat16 or 8-bit weights cost what reading these
+or multiplying takes (`products.cpp`); they are there where the processor multiplies bfloat16 (`projections.py`). Where
 there is no C++ compiler, or on a GPU, attention is plain torch (`plan.py`); a GPU may use `flex.py`.
 """
 
@@ -16,6 +16,7 @@ import platform
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -119,12 +120,13 @@ def _attended(*arguments: torch.Tensor) -> torch.Tensor:
     return query.new_empty((1, query.shape[2], query.shape[1], value.shape[3]))
 
 
-def _projected(x: torch.Tensor, weight: torch.Tensor, _: torch.Tensor | None) -> torch.Tensor:
-    return x.new_empty((x.shape[0], weight.shape[0]))
+def _projected(x: torch.Tensor, *others: Any) -> torch.Tensor:
+    *_, width = others
+    return x.new_empty((x.shape[0], width))
 
 
 def multiplies() -> bool:
-    """Say whether there are products of a few rows here: `torch.ops.unspool.project`."""
+    """Say whether there are products here: `torch.ops.unspool.project`, of weights from `torch.ops.unspool.lay_out`."""
     return available() and hasattr(torch.ops.unspool, "project")
 
 

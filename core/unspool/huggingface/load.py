@@ -154,7 +154,7 @@ def load(
         after = 0.0 if compile == "on" else compiler.PAYS_AFTER_S
         runner.compiler = compiler.Compiler(words, after, runner.use_compiled)
     if quick and not quantized:
-        quicken(model)
+        quicken(model, by_kernel=compile != "off")
     return LoadedModel(runner, tokenizer, model.generation_config, name)
 
 

@@ -1,12 +1,12 @@
 """Compiled passes: the model's own code as one graph of machine code, attention by the kernel, weights laid out for it.
 
-A *package* is what AOTInductor makes of the model for passes of so many tokens: one for a single token, one for some
-and one for a few (decoding, drafts), one for many (prompts), because other products are quickest for each. Its weights
-are frozen into it, in the order in which its products read them. It is made once for a machine, a model and a number of
-threads, takes minutes, and lies in the user's cache; loading it takes a second.
+A *package* is what AOTInductor makes of the model for passes of so many tokens, with its weights frozen into it. It is
+made once for a machine, a model and a number of threads, takes a minute or more, and lies in the user's cache; loading
+it takes a second.
 
-Passes of up to eight tokens can cost what reading the weights does, but the compiler's products then take twice as
-long. So bfloat16 models have a package for these in which products are the kernel's own (`products.cpp`).
+Where the kernel multiplies by most weights of a model (`products.cpp`), there is a package for a single token and one
+for more. The compiler's products are each quickest for some number of tokens, so where it makes them there is a package
+for a single token, one for a few (decoding, drafts) and one for many (prompts).
 
 A processor without bfloat16 instructions multiplies float32 several times faster. There the packages for more than one
 token hold the weights as float32 and compute in it (the cache stays bfloat16), and only the pass of one token, which
@@ -40,12 +40,12 @@ from unspool.huggingface.attention import Call
 from unspool.huggingface.int8 import widen
 from unspool.huggingface.pool import Layer, Pool
 from unspool.huggingface.probe import allowed, difference
-from unspool.huggingface.projections import can_pack, join, multiply_by_kernel
+from unspool.huggingface.projections import can_pack, join, multiplied_by_kernel, quicken
 from unspool.huggingface.table import Table, TablePlan, attend_by_kernel
 from unspool.runner import Batch, Output, Span
 
 _log = logging.getLogger(__name__)
-_FORMAT = 2
+_FORMAT = 3
 """Raised when packages that were made before must not be used any more."""
 _OPTIONS = {
     "freezing": True,
@@ -66,14 +66,12 @@ class Kind:
         tuned: the number of tokens for which its products are tuned.
         first: the fewest tokens of a pass that it runs.
         last: the most.
-        own_products: its products are the kernel's, where it has some for the model.
     """
 
     name: str
     tuned: int
     first: int
     last: int
-    own_products: bool = False
 
     @property
     def tokens(self) -> str:
@@ -81,13 +79,10 @@ class Kind:
         return f"{self.name} token{'s' if self.last > 1 else ''}"
 
 
-KINDS = (
-    Kind("one", 1, 1, 1),
-    Kind("some", 4, 2, 8, own_products=True),
-    Kind("few", 16, 2, 64),
-    Kind("many", 256, 65, 1 << 16),
-)
-"""Of two that run the same passes, the first is quicker."""
+KINDS = (Kind("one", 1, 1, 1), Kind("few", 16, 2, 64), Kind("many", 256, 65, 1 << 16))
+"""What there is where the compiler makes the products."""
+KINDS_BY_KERNEL = (KINDS[0], Kind("more", 16, 2, 1 << 16))
+"""What there is where the kernel multiplies."""
 
 
 @dataclass(frozen=True)
@@ -110,10 +105,14 @@ class Subject:
         return list(dict.fromkeys(layer.window for layer in self.layers))
 
     @property
-    def kinds(self) -> list[Kind]:
+    def by_kernel(self) -> bool:
+        """Whether the kernel multiplies."""
+        return multiplied_by_kernel(self.model)
+
+    @property
+    def kinds(self) -> Sequence[Kind]:
         """List the packages that there are for it on this machine."""
-        own = self.model.dtype == torch.bfloat16 and kernel.multiplies()
-        return [kind for kind in KINDS if own or not kind.own_products]
+        return KINDS_BY_KERNEL if self.by_kernel else KINDS
 
     @functools.cached_property
     def setting(self) -> str:
@@ -240,11 +239,12 @@ def make(subject: Subject, kind: Kind) -> Path:
         raise ModelError("the attention kernel cannot be loaded here")
     own, dtype = subject, subject.model.dtype
     model: Any = copy.deepcopy(subject.model)
-    if kind.last > 1:  # more tokens do not only read the weights: they multiply
-        widen(model, torch.float32 if dtype.itemsize == 2 and not can_pack(dtype) else dtype)
-    join(model)
-    if kind.own_products:
-        multiply_by_kernel(model)
+    if subject.by_kernel:
+        quicken(model)
+    else:
+        if kind.last > 1:  # more tokens do not only read the weights: they multiply
+            widen(model, torch.float32 if dtype.itemsize == 2 and not can_pack(dtype) else dtype)
+        join(model)
     subject = Subject(model, subject.layers, subject.listening)
     _log.info("compiling passes of %s (once)", kind.tokens)
     select_algorithm.PRINT_AUTOTUNE = False

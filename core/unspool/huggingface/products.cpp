@@ -1,8 +1,13 @@
-// Products of a few rows with a matrix of bfloat16 weights, which cost what reading the weights does.
+// Products of any number of rows with a matrix of weights that lies as these read it: bfloat16, or 8-bit integers.
 //
-// A step of a few rows reads every weight once, and multiplies little. So the weights are read in their own order, each
-// once for all rows, as fast as memory gives them, and multiplied as pairs (`vectors.h`); the rows stay in the first cache.
-// All sums are float32. There is no such operator where the processor does not multiply pairs.
+// Few rows cost what reading the weights does, many what multiplying does. Of the output 48 columns are computed at once,
+// for up to 8 rows: 24 sums, which are all that the registers hold. Their weights, a *group*, lie in the order in which
+// they are read, so memory gives them as fast as it can; what the next group needs is asked for meanwhile. Each column of
+// a group is read as pairs (`vectors.h`), against which a pair of each row is multiplied. An integer of 8 bits becomes the
+// bfloat16 number of its value by looking its two bytes up, which is quicker than memory gives the next.
+//
+// All sums are float32, and each runs over the row in the same order, however many rows there are: a row's product is the
+// same to the last bit beside any others. There are no such operators where the processor does not multiply pairs.
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/constant_pad_nd.h>
@@ -11,7 +16,10 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <optional>
+#include <type_traits>
+#include <vector>
 
 #include "vectors.h"
 
@@ -20,65 +28,212 @@ namespace {
 
 using namespace unspool;
 
-constexpr int64_t PAIRED = 2 * W;  // numbers in a vector of pairs
-constexpr int64_t AHEAD = 16384;   // bytes: how far ahead memory is asked for weights
-constexpr int64_t CHUNK = 64;      // columns
+constexpr int64_t VECTORS = 3;              // of sums beside each other
+constexpr int64_t COLUMNS = VECTORS * W;    // in a group
+constexpr int64_t TALL = 8;                 // rows whose sums the registers hold
+constexpr int64_t STRIDE = 8;               // numbers of a row that are multiplied in a round
+constexpr int64_t LINE = 64;                // bytes that memory gives at once
 
-// Columns `begin` to `end` of the output for R rows, of which so many are wanted; 16 / R columns at a time, so that there
-// are 16 sums.
-template <int R>
-void columns(const at::BFloat16* rows, int64_t wanted, const at::BFloat16* weight, const at::BFloat16* bias,
-             int64_t depth, int64_t width, int64_t begin, int64_t end, at::BFloat16* output) {
-  constexpr int C = W / R;
-  for (int64_t n = begin; n < end; n += C) {
-    const at::BFloat16* line[C];
-    for (int c = 0; c < C; ++c) line[c] = weight + std::min<int64_t>(n + c, end - 1) * depth;
-    Vector total[W] = {};
-    for (int64_t k = 0; k < depth; k += PAIRED) {
-      for (int c = 0; c < C; ++c) {
-        __builtin_prefetch(reinterpret_cast<const char*>(line[c] + k) + AHEAD, 0, 2);
-        for (int r = 0; r < R; ++r) total[c * R + r] = paired(total[c * R + r], rows + r * depth + k, line[c] + k);
-      }
-    }
-    const Vector found = sums(total);
-    for (int c = 0; c < C && n + c < end; ++c)
-      for (int r = 0; r < wanted; ++r)
-        output[r * width + n + c] = at::BFloat16(found[c * R + r] + (bias ? static_cast<float>(bias[n + c]) : 0.0f));
-  }
+// Lay weights out, [width, depth] to [groups, ...]: 48 columns a group, the last of them filled up with zeros.
+at::Tensor lay_out(const at::Tensor& weight) {
+  const int64_t width = weight.size(0), depth = weight.size(1), groups = (width + COLUMNS - 1) / COLUMNS;
+  TORCH_CHECK(depth % STRIDE == 0, "unspool::lay_out takes rows of a multiple of ", STRIDE, " numbers, not ", depth);
+  const at::Tensor whole = at::constant_pad_nd(weight, {0, 0, 0, groups * COLUMNS - width});
+  if (weight.scalar_type() == at::kBFloat16)  // a pair of each column, then the next pair
+    return whole.view({groups, COLUMNS, depth / 2, 2}).permute({0, 2, 1, 3}).contiguous();
+  TORCH_CHECK(weight.scalar_type() == at::kChar, "unspool::lay_out takes bfloat16 or int8, not ", weight.scalar_type());
+  TORCH_CHECK(whole.ge(-127).all().item<bool>(), "unspool::lay_out takes whole numbers from -127 to 127, not -128");
+  // Sign and magnitude, and in each quarter of a vector two pairs of four columns: that is how bytes are interleaved.
+  const at::Tensor bytes = whole.abs().to(at::kByte).bitwise_or(whole.lt(0).to(at::kByte).mul(128));
+  return bytes.view({groups, VECTORS, 4, W / 4, depth / 4, 2, 2}).permute({0, 4, 1, 2, 5, 3, 6}).contiguous();
 }
 
-// x [n, depth] times weight [width, depth] transposed, plus bias [width].
-at::Tensor project(const at::Tensor& x_, const at::Tensor& weight_, const std::optional<at::Tensor>& bias_) {
-  const at::Tensor x = x_.contiguous(), weight = weight_.contiguous();
-  const int64_t count = x.size(0), depth = x.size(1), width = weight.size(0);
-  TORCH_CHECK(x.scalar_type() == at::kBFloat16 && weight.scalar_type() == at::kBFloat16,
-              "unspool::project takes bfloat16");
-  TORCH_CHECK(weight.size(1) == depth && depth % PAIRED == 0, "unspool::project takes rows of a multiple of ", PAIRED,
-              " numbers, as wide as the weight, not ", depth);
-  at::Tensor bias = bias_ ? bias_->contiguous() : at::Tensor();
-  at::Tensor output = at::empty({count, width}, x.options());
-  // Of 3, 5, 6 and 7 rows, so many more of zeros that there are 4 or 8.
-  const int64_t most = 8, together = std::min(most, count < 3 ? count : count < 5 ? 4 : most);
-  const int64_t padded = (count + together - 1) / together * together;
-  const at::Tensor rows_ = padded == count ? x : at::constant_pad_nd(x, {0, 0, 0, padded - count});
-  const at::BFloat16* rows = rows_.const_data_ptr<at::BFloat16>();
-  const at::BFloat16* weights = weight.const_data_ptr<at::BFloat16>();
-  const at::BFloat16* added = bias_ ? bias.const_data_ptr<at::BFloat16>() : nullptr;
+// How weights of a group are read: `PAIRS` pairs of each column at once.
+struct Halves {
+  using Stored = at::BFloat16;
+  static constexpr int PAIRS = 1;
+  static void read(const Stored* from, __m512i pairs[PAIRS][VECTORS]) {
+    for (int v = 0; v < VECTORS; ++v) pairs[0][v] = _mm512_loadu_si512(from + v * 2 * W);
+  }
+};
+
+// The two bytes of each bfloat16 number from 0 to 127.
+struct Table {
+  uint8_t low[128], high[128];
+
+  Table() {
+    for (int i = 0; i < 128; ++i) {
+      const uint16_t bits = at::BFloat16(static_cast<float>(i)).x;
+      low[i] = bits & 255;
+      high[i] = bits >> 8;
+    }
+  }
+};
+const Table TABLE;
+
+struct Bytes {
+  using Stored = uint8_t;
+  static constexpr int PAIRS = 2;
+  static void read(const Stored* from, __m512i pairs[PAIRS][VECTORS]) {
+    for (int v = 0; v < VECTORS; ++v) {
+      const __m512i stored = _mm512_loadu_si512(from + v * LINE);
+      const __m512i low = found(TABLE.low, stored), magnitude = found(TABLE.high, stored);
+      const __m512i high = _mm512_or_si512(magnitude, _mm512_and_si512(stored, _mm512_set1_epi8(-128)));
+      pairs[0][v] = _mm512_unpacklo_epi8(low, high);
+      pairs[1][v] = _mm512_unpackhi_epi8(low, high);
+    }
+  }
+
+  static __m512i found(const uint8_t* table, __m512i which) {  // by the lowest seven bits of each byte
+    return _mm512_permutex2var_epi8(_mm512_loadu_si512(table), which, _mm512_loadu_si512(table + LINE));
+  }
+};
+
+// What becomes of the sums of a group's columns.
+struct Finish {
+  float scale[COLUMNS], bias[COLUMNS];
+
+  Finish(const float* scales, const at::BFloat16* biases, int64_t columns) {
+    for (int64_t n = 0; n < COLUMNS; ++n) {
+      scale[n] = scales && n < columns ? scales[n] : 1.0f;
+      bias[n] = biases && n < columns ? static_cast<float>(biases[n]) : 0.0f;
+    }
+  }
+};
+
+// What memory is asked for meanwhile: so many lines in each round. It comes into the second cache.
+struct Ahead {
+  const char* from;
+  int64_t each;
+
+  void fetch() {
+    for (int64_t line = 0; line < each; ++line, from += LINE) __builtin_prefetch(from, 0, 2);
+  }
+};
+
+// The products of R rows with a group, of which so many columns are wanted.
+template <typename Weights, int R>
+void tile(const at::BFloat16* rows, int64_t depth, const typename Weights::Stored* group, Ahead ahead,
+          const Finish& finish, int64_t columns, at::BFloat16* output, int64_t width) {
+  Vector total[R][VECTORS] = {};
+  for (const at::BFloat16* x = rows; x < rows + depth; x += STRIDE, group += STRIDE * COLUMNS) {
+    ahead.fetch();
+    for (int k = 0; k < STRIDE; k += 2 * Weights::PAIRS) {
+      __m512i pairs[Weights::PAIRS][VECTORS];
+      Weights::read(group + k * COLUMNS, pairs);
+      for (int i = 0; i < Weights::PAIRS; ++i)
+        for (int r = 0; r < R; ++r) {
+          int32_t pair;
+          std::memcpy(&pair, x + r * depth + k + 2 * i, sizeof pair);
+          const __m512i factor = _mm512_set1_epi32(pair);
+          for (int v = 0; v < VECTORS; ++v) total[r][v] = paired(total[r][v], pairs[i][v], factor);
+        }
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < VECTORS && v * W < columns; ++v) {
+      const Vector scale = *reinterpret_cast<const Loose*>(finish.scale + v * W);
+      const Vector bias = *reinterpret_cast<const Loose*>(finish.bias + v * W);
+      const auto found = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(total[r][v] * scale + bias));
+      const int64_t left = std::min<int64_t>(W, columns - v * W);
+      _mm256_mask_storeu_epi16(output + r * width + v * W, (1u << left) - 1, reinterpret_cast<__m256i>(found));
+    }
+}
+
+template <typename Weights, typename... Arguments>
+void tile_of(int64_t count, const Arguments&... arguments) {
+  constexpr decltype(&tile<Weights, 1>) tiles[TALL] = {tile<Weights, 1>, tile<Weights, 2>, tile<Weights, 3>,
+                                                       tile<Weights, 4>, tile<Weights, 5>, tile<Weights, 6>,
+                                                       tile<Weights, 7>, tile<Weights, 8>};
+  tiles[count - 1](arguments...);
+}
+
+// Turn the integers of a group to bfloat16, which pays where several tiles read it.
+const at::BFloat16* turned(const uint8_t* group, int64_t depth, Ahead ahead) {
+  static thread_local std::vector<at::BFloat16> halves;
+  halves.resize(depth * COLUMNS);
+  for (int64_t k = 0; k < depth; k += 2 * Bytes::PAIRS) {
+    if (k % STRIDE == 0) ahead.fetch();
+    __m512i pairs[Bytes::PAIRS][VECTORS];
+    Bytes::read(group + k * COLUMNS, pairs);
+    std::memcpy(static_cast<void*>(halves.data() + k * COLUMNS), pairs, sizeof pairs);
+  }
+  return halves.data();
+}
+
+template <typename Weights>
+void multiply(const at::Tensor& x, const at::Tensor& laid, const float* scales, const at::BFloat16* biases,
+              at::Tensor& output) {
+  using Stored = typename Weights::Stored;
+  constexpr int64_t lines = STRIDE * COLUMNS * sizeof(Stored) / LINE;  // of memory in a round
+  const int64_t count = x.size(0), depth = x.size(1), width = output.size(1), groups = laid.size(0);
+  const at::BFloat16* rows = x.const_data_ptr<at::BFloat16>();
+  const Stored* weights = laid.const_data_ptr<Stored>();
   at::BFloat16* to = output.data_ptr<at::BFloat16>();
-  at::parallel_for(0, (width + W - 1) / W, 1, [&](int64_t begin, int64_t end) {
-    auto run = together == 8 ? columns<8> : together == 4 ? columns<4> : together == 2 ? columns<2> : columns<1>;
-    const int64_t last = std::min(width, end * W);
-    for (int64_t first = begin * W; first < last; first += CHUNK)  // all rows read a chunk while it is near
-      for (int64_t r = 0; r < count; r += together)
-        run(rows + r * depth, std::min(together, count - r), weights, added, depth, width, first,
-            std::min(last, first + CHUNK), to + r * width);
+  // Where there are too few groups for all threads, each is multiplied with several shares of the rows.
+  const int64_t fair = 4 * at::get_num_threads(), most = (count + TALL - 1) / TALL;
+  const int64_t shares = groups >= fair ? 1 : std::min(most, (fair + groups - 1) / groups);
+  at::parallel_for(0, groups * shares, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first = task / shares * COLUMNS, share = task % shares, columns = std::min(COLUMNS, width - first);
+      const int64_t start = count * share / shares, here = count * (share + 1) / shares - start;
+      const int64_t tiles = (here + TALL - 1) / TALL;
+      const Finish finish(scales ? scales + first : nullptr, biases ? biases + first : nullptr, columns);
+      const Stored* group = weights + first * depth;
+      const char* next = reinterpret_cast<const char*>(group + COLUMNS * depth);
+      auto all = [&](auto kind, const auto* group, int64_t lines) {
+        const int64_t each = (lines + tiles - 1) / tiles;  // of them each tile asks for some
+        for (int64_t t = 0; t < tiles; ++t) {
+          const int64_t row = start + here * t / tiles, rest = start + here * (t + 1) / tiles - row;
+          const Ahead ahead{next + t * each * depth / STRIDE * LINE, t * each < lines ? each : 0};
+          tile_of<decltype(kind)>(rest, rows + row * depth, depth, group, ahead, finish, columns,
+                                  to + row * width + first, width);
+        }
+      };
+      if constexpr (std::is_same_v<Weights, Bytes>) {
+        if (tiles > 1) {
+          all(Halves{}, turned(group, depth, Ahead{next, lines}), 0);
+          continue;
+        }
+      }
+      all(Weights{}, group, lines);
+    }
   });
+}
+
+// x [n, depth] times a laid out weight [width, depth] transposed, times scale [width], plus bias [width].
+at::Tensor project(const at::Tensor& x_, const at::Tensor& laid_, const std::optional<at::Tensor>& scale_,
+                   const std::optional<at::Tensor>& bias_, int64_t width) {
+  const at::Tensor x = x_.contiguous(), laid = laid_.contiguous();
+  const int64_t depth = x.size(1), groups = laid.size(0);
+  TORCH_CHECK(x.scalar_type() == at::kBFloat16, "unspool::project takes rows of bfloat16, not ", x.scalar_type());
+  TORCH_CHECK(laid.numel() == groups * COLUMNS * depth, "unspool::project takes weights that are laid out for ",
+              "rows of ", depth, " numbers");
+  TORCH_CHECK(width > (groups - 1) * COLUMNS && width <= groups * COLUMNS, "unspool::project has ", groups * COLUMNS,
+              " columns, not ", width);
+  const at::Tensor scale = scale_ ? scale_->contiguous() : at::Tensor();
+  const at::Tensor bias = bias_ ? bias_->contiguous() : at::Tensor();
+  TORCH_CHECK((!scale_ || scale.numel() == width) && (!bias_ || bias.numel() == width),
+              "unspool::project takes a scale and a bias of ", width, " numbers");
+  const float* scales = scale_ ? scale.const_data_ptr<float>() : nullptr;
+  const at::BFloat16* biases = bias_ ? bias.const_data_ptr<at::BFloat16>() : nullptr;
+  at::Tensor output = at::empty({x.size(0), width}, x.options());
+  if (laid.scalar_type() == at::kByte)
+    multiply<Bytes>(x, laid, scales, biases, output);
+  else
+    multiply<Halves>(x, laid, scales, biases, output);
   return output;
 }
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(unspool, library) { library.def("project(Tensor x, Tensor weight, Tensor? bias) -> Tensor"); }
+TORCH_LIBRARY_FRAGMENT(unspool, library) {
+  library.def("lay_out(Tensor weight) -> Tensor");
+  library.def("project(Tensor x, Tensor laid, Tensor? scale, Tensor? bias, int width) -> Tensor");
+}
 
-TORCH_LIBRARY_IMPL(unspool, CPU, library) { library.impl("project", project); }
+TORCH_LIBRARY_IMPL(unspool, CPU, library) {
+  library.impl("lay_out", lay_out);
+  library.impl("project", project);
+}
 #endif

@@ -4,11 +4,12 @@ A step of one row reads every weight once and does little else, so what counts i
 
 - Projections of one and the same input (queries, keys and values; gate and up) are computed in one product. The first
   of them that is called computes all, the others take their columns. Which belong together is found by watching a pass.
-- Weights are laid out once as oneDNN wants them. Otherwise float32 products of 1 to 12 rows take up to three times as
-  long (the library lays the weights out anew for each), and bfloat16 ones a third more. It takes a second copy of the
-  weights, so it is done where that fits into half of the free memory. A processor without instructions for
-  half-precision numbers multiplies float32 several times faster: there the second copy of bfloat16 and float16 weights
-  is float32.
+- Weights are laid out once in the order in which they are read. It takes a second copy of the weights, so it is done
+  where that fits into half of the free memory. Rows of bfloat16 are multiplied by the kernel where it can
+  (`kernel.py`), with bfloat16 or integer weights. Others lie as oneDNN wants them: otherwise float32 products of 1 to
+  12 rows take up to three times as long (the library lays the weights out anew for each), and bfloat16 ones a third
+  more. A processor without instructions for half-precision numbers multiplies float32 several times faster: there the
+  second copy of bfloat16 and float16 weights is float32.
 
 Each change is checked on a random input and left out where the result differs.
 """
@@ -16,12 +17,17 @@ Each change is checked on a random input and left out where the result differs.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from unspool.huggingface import kernel
+from unspool.huggingface.int8 import Int8Linear
 from unspool.huggingface.memory import free_bytes
+
+Linear = nn.Linear | Int8Linear
 
 
 class Joint:
@@ -50,11 +56,11 @@ class Joint:
 
 
 class Part(nn.Module):
-    """One projection among several of the same input. Its `weight` is kept, for whoever reads it."""
+    """One projection among several of the same input. Its weights are kept, for whoever reads them."""
 
-    def __init__(self, linear: nn.Linear, joint: Joint, start: int) -> None:
+    def __init__(self, linear: Linear, joint: Joint, start: int) -> None:
         super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
+        _keep(self, linear)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.joint, self._start = joint, start
 
@@ -67,91 +73,128 @@ class Packed(nn.Module):
     """A linear layer whose weight lies as oneDNN wants it.
 
     Args:
-        weight: `[out, in]`.
-        bias: `[out]`, or None.
+        linear: the layer that it stands for.
         dtype: in which it multiplies.
-        keep: keep `weight` as it is too, for whoever reads it.
+        keep: keep its weights as they are too, for whoever reads them.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, *, keep: bool = True) -> None:
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype, *, keep: bool = True) -> None:
         super().__init__()
-        self.weight, self.bias = nn.Parameter(weight, requires_grad=False) if keep else None, bias
-        self.out_features, self.in_features = weight.shape
+        if keep:
+            _keep(self, linear)
+        self.out_features, self.in_features = linear.weight.shape
         self._dtype = dtype
-        self._bias = None if bias is None else bias.detach().to(dtype)
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype), None)
+        self._added = None if linear.bias is None else linear.bias.detach().to(dtype)
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().to(dtype), None)
 
     def forward(self, x: Tensor) -> Tensor:
         """Project `x` `[..., in]` to `[..., out]`."""
         own = x.to(self._dtype)
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(own, self._packed, self._bias, "none", [], "")
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(own, self._packed, self._added, "none", [], "")
         return product.to(x.dtype)
 
 
 class Projection(nn.Module):
-    """A linear layer whose product is the kernel's, for a few rows of bfloat16 (`kernel.multiplies`).
+    """A linear layer whose product is the kernel's (`products.cpp`), in bfloat16.
 
     Args:
-        linear: the layer that it stands for. Its rows are a multiple of `WIDTHS` wide.
+        linear: the layer that it stands for: `takes` says whether it can.
+        keep: keep its weights as they are too, for whoever reads them.
     """
 
-    WIDTHS = 32
+    _DEPTH = 8  # the kernel reads so many numbers of a row at once
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: Linear, *, keep: bool = True) -> None:
         super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
+        if keep:
+            _keep(self, linear)
+        self.out_features, self.in_features = linear.weight.shape
+        scale = linear.scale.float() if isinstance(linear, Int8Linear) else None
+        self._added = None if linear.bias is None else linear.bias.detach()
+        self.register_buffer("_scale", scale, persistent=False)
+        self.register_buffer("_laid", torch.ops.unspool.lay_out(linear.weight.detach()), persistent=False)
+
+    @classmethod
+    def takes(cls, linear: Linear) -> bool:
+        """Say whether it can stand for a layer."""
+        return cls.fits(linear) and _dtype(linear) == torch.bfloat16
+
+    @classmethod
+    def fits(cls, linear: Linear | Part | Packed | Projection) -> bool:
+        """Say whether the kernel takes rows as wide as a layer's."""
+        return linear.in_features % cls._DEPTH == 0
 
     def forward(self, x: Tensor) -> Tensor:
         """Project `x` `[..., in]` to `[..., out]`."""
-        width, depth = self.weight.shape
-        product: Tensor = torch.ops.unspool.project(x.reshape(-1, depth), self.weight, self.bias)
-        return product.view(*x.shape[:-1], width)
+        rows = x.reshape(-1, self.in_features).to(torch.bfloat16)
+        product: Tensor = torch.ops.unspool.project(rows, self._laid, self._scale, self._added, self.out_features)
+        return product.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
 
-def multiply_by_kernel(model: nn.Module) -> None:
-    """Have the kernel multiply in all linear layers of a model, and in those that are joined, as far as it can."""
+class Layout(Protocol):
+    """Makes layers whose weights lie in the order in which they are read."""
 
-    def by_kernel(module: nn.Module) -> nn.Module:
-        if isinstance(module, nn.Linear) and module.in_features % Projection.WIDTHS == 0:
-            return Projection(module)
-        return module
+    def __call__(self, linear: Linear, *, keep: bool) -> nn.Module | None:
+        """Lay a layer out; None: it cannot."""
+        ...
 
-    for name, module in list(model.named_modules()):
-        if isinstance(module, Part):
-            module.joint.project = by_kernel(module.joint.project)
-        elif type(module) is nn.Linear:
-            model.set_submodule(name, by_kernel(module))
+
+def multiplied_by_kernel(model: PreTrainedModel) -> bool:
+    """Say whether the kernel multiplies, or would, by most weights of a model."""
+    if model.device.type != "cpu" or model.dtype != torch.bfloat16 or not kernel.multiplies():
+        return False
+    looked_up, own = set(), set()  # where they lie: quickened or not, weights stay there
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            looked_up.add(module.weight.data_ptr())
+        elif isinstance(module, (nn.Linear, Int8Linear, Part, Packed, Projection)) and Projection.fits(module):
+            own.add(cast(Tensor, module.weight).data_ptr())
+    state: dict[str, Tensor] = model.state_dict()
+    weights = {weight.data_ptr(): weight.numel() for weight in state.values() if weight.dim() > 1}
+    within = {place: count for place, count in weights.items() if place not in looked_up}
+    multiplied = sum(count for place, count in within.items() if place in own)
+    return 2 * multiplied > sum(within.values())
 
 
 @torch.no_grad()
-def quicken(model: PreTrainedModel) -> None:
-    """Replace linear layers of a model on a CPU by quicker ones that compute the same."""
+def quicken(model: PreTrainedModel, *, by_kernel: bool = True) -> None:
+    """Replace linear layers of a model on a CPU by quicker ones that compute the same.
+
+    Args:
+        model: the model, which is changed.
+        by_kernel: have the kernel multiply, where it can.
+    """
     if model.device.type != "cpu":
         return
+    layout = _layout(model, by_kernel)
+    join(model, layout)
+    for name, linear in list(model.named_modules()):
+        if layout is not None and _linear(linear):
+            laid = layout(linear, keep=True)
+            if laid is not None and _same(linear, laid):
+                model.set_submodule(name, laid)
+
+
+def _layout(model: PreTrainedModel, by_kernel: bool) -> Layout | None:
+    """Say how weights of a model are laid out on this machine; None: they are left as they are."""
     packs = packing(model.dtype)
-    if packs is not None and not _fits_twice(model, packs):
-        packs = None
-    join(model, packs)
-    if packs is not None:
-        for name, linear in list(model.named_modules()):
-            if type(linear) is nn.Linear:
-                packed = Packed(linear.weight.data, linear.bias, packs)
-                if _same(linear, packed):
-                    model.set_submodule(name, packed)
+    size = sum(module.weight.numel() for module in model.modules() if _linear(module))
+    free = free_bytes(model.device)
+
+    def layout(linear: Linear, *, keep: bool) -> nn.Module | None:
+        if by_kernel and kernel.multiplies() and Projection.takes(linear):
+            return Projection(linear, keep=keep)
+        return Packed(linear, packs, keep=keep) if packs is not None and type(linear) is nn.Linear else None
+
+    return layout if 2 * size * (packs or model.dtype).itemsize < free else None
 
 
 @torch.no_grad()
-def join(model: PreTrainedModel, packs: torch.dtype | None = None) -> None:
-    """Compute projections of one and the same input in one product, packed in a dtype or as they are."""
+def join(model: PreTrainedModel, layout: Layout | None = None) -> None:
+    """Compute projections of one and the same input in one product, laid out or as they are."""
     for names in _siblings(model):
-        linears = [model.get_submodule(name) for name in names]
-        for name, part in zip(names, _joined([m for m in linears if isinstance(m, nn.Linear)], packs), strict=False):
+        for name, part in zip(names, _joined([model.get_submodule(name) for name in names], layout), strict=False):
             model.set_submodule(name, part)
-
-
-def _fits_twice(model: PreTrainedModel, dtype: torch.dtype) -> bool:
-    size = sum(module.weight.numel() for module in model.modules() if type(module) is nn.Linear) * dtype.itemsize
-    return 2 * size < free_bytes(model.device)
 
 
 def packing(dtype: torch.dtype) -> torch.dtype | None:
@@ -165,10 +208,22 @@ def packing(dtype: torch.dtype) -> torch.dtype | None:
 def can_pack(dtype: torch.dtype) -> bool:
     """Tell whether oneDNN is there, and multiplies such weights on this processor (half precision needs AVX-512)."""
     try:
-        Packed(torch.zeros((16, 16), dtype=dtype), None, dtype)
+        Packed(_plain(torch.zeros((16, 16), dtype=dtype), None), dtype)
     except (AttributeError, RuntimeError):
         return False
     return True
+
+
+def _linear(module: nn.Module) -> TypeGuard[Linear]:
+    return type(module) in (nn.Linear, Int8Linear)
+
+
+def _keep(module: nn.Module, linear: Linear) -> None:
+    """Keep the weights of a layer under their names."""
+    for name, parameter in linear._parameters.items():
+        module.register_parameter(name, parameter)
+    for name, buffer in linear._buffers.items():
+        module.register_buffer(name, buffer)
 
 
 def _siblings(model: PreTrainedModel) -> list[list[str]]:
@@ -183,7 +238,7 @@ def _siblings(model: PreTrainedModel) -> list[list[str]]:
 
         return model.get_submodule(name).register_forward_pre_hook(hook)
 
-    handles = [listen(name) for name, module in model.named_modules() if type(module) is nn.Linear]
+    handles = [listen(name) for name, module in model.named_modules() if _linear(module)]
     own = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
@@ -199,38 +254,53 @@ def _siblings(model: PreTrainedModel) -> list[list[str]]:
     return [names for names in groups.values() if len(names) > 1 and all(called.count(name) == 1 for name in names)]
 
 
-def _joined(linears: Sequence[nn.Linear], packs: torch.dtype | None) -> list[Part]:
+def _joined(linears: Sequence[nn.Module], layout: Layout | None) -> list[Part]:
     """Join linear layers of one input, if that gives what they give."""
-    biases = [linear.bias for linear in linears]
-    if any(bias is None for bias in biases) and not all(bias is None for bias in biases):
+    own = [linear for linear in linears if _linear(linear)]
+    if len({(type(linear), _dtype(linear), linear.bias is None) for linear in own}) > 1:
         return []
-    if len({linear.weight.dtype for linear in linears}) > 1:
+    whole = _whole(own)
+    laid = None if layout is None else layout(whole, keep=False)
+    joint, parts, ends = Joint(whole if laid is None else laid, len(own)), [], [0]
+    for linear in own:
+        parts.append(Part(linear, joint, ends[-1]))
+        ends.append(ends[-1] + linear.out_features)
+    x = torch.randn(3, whole.in_features).to(_dtype(whole))
+    if not all(_close(linear(x), part(x)) for linear, part in zip(own, parts, strict=True)):
         return []
-    weight = torch.cat([linear.weight.data for linear in linears])
-    bias = None if biases[0] is None else nn.Parameter(torch.cat([b.data for b in biases]), requires_grad=False)
-    whole = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-    whole.weight, whole.bias = nn.Parameter(weight, requires_grad=False), bias
-    project = whole if packs is None else Packed(weight, bias, packs, keep=False)
-    joint, parts, start = Joint(project, len(linears)), [], 0
-    for linear in linears:
-        part = Part(linear, joint, start)
-        start += part.out_features
-        parts.append(part)
-    x = torch.randn(3, linears[0].in_features).to(weight.dtype)
-    if not all(_close(linear(x), part(x)) for linear, part in zip(linears, parts, strict=True)):
-        return []
-    start = 0
-    for part in parts if packs is None else ():  # keep the weights once, not twice
-        end = start + part.out_features
-        part.weight = nn.Parameter(weight[start:end], requires_grad=False)
-        if bias is not None:
-            part.bias = nn.Parameter(bias.data[start:end], requires_grad=False)
-        start = end
+    if laid is None:  # keep the weights once, not twice
+        for part, start, end in zip(parts, ends, ends[1:], strict=False):
+            for name, parameter in whole.named_parameters():
+                part.register_parameter(name, nn.Parameter(parameter[start:end], requires_grad=False))
+            for name, buffer in whole.named_buffers():
+                part.register_buffer(name, buffer[start:end])
     return parts
 
 
-def _same(linear: nn.Linear, other: nn.Module) -> bool:
-    x = torch.randn(3, linear.in_features).to(linear.weight.dtype)
+def _whole(linears: Sequence[Linear]) -> Linear:
+    """Give one layer whose output is that of several of one kind, beside each other."""
+    weight = torch.cat([linear.weight.detach() for linear in linears])
+    biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
+    bias = nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None
+    scales = [linear.scale for linear in linears if isinstance(linear, Int8Linear)]
+    if scales:
+        return Int8Linear(weight, torch.cat(scales), bias)
+    return _plain(weight, bias)
+
+
+def _plain(weight: Tensor, bias: nn.Parameter | None) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    linear.register_parameter("bias", bias)
+    return linear
+
+
+def _dtype(linear: Linear) -> torch.dtype:
+    return (linear.scale if isinstance(linear, Int8Linear) else linear.weight).dtype
+
+
+def _same(linear: Linear, other: nn.Module) -> bool:
+    x = torch.randn(3, linear.in_features).to(_dtype(linear))
     return _close(linear(x), other(x))
 
 

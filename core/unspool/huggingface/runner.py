@@ -141,7 +141,7 @@ class HuggingFaceRunner:
 
     @property
     def compiled(self) -> Sequence[str]:
-        """Name what runs as code made for it: `attention`; passes of `one`, `some`, `few`, `many` tokens; `graphs`."""
+        """Name what runs as code made for it: `attention`; passes of `one`, `few`, `many`, `more` tokens; `graphs`."""
         if self._flex:
             unrecorded = any(isinstance(made, Graphs) and not made.records for made in self._made)
             return ["attention", *([] if unrecorded else [Graphs.name])]

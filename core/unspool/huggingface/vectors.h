@@ -102,10 +102,13 @@ inline bool any(Whole v) {
 
 #if defined(__AVX512BF16__)
 // Add to each number the products of the two pairs at its place of `a` and `b`, 32 bfloat16 numbers each.
-inline Vector paired(Vector total, const void* a, const void* b) {
-  const auto left = reinterpret_cast<__m512bh>(_mm512_loadu_si512(a));
-  const auto right = reinterpret_cast<__m512bh>(_mm512_loadu_si512(b));
+inline Vector paired(Vector total, __m512i a, __m512i b) {
+  const auto left = reinterpret_cast<__m512bh>(a), right = reinterpret_cast<__m512bh>(b);
   return reinterpret_cast<Vector>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(total), left, right));
+}
+
+inline Vector paired(Vector total, const void* a, const void* b) {
+  return paired(total, _mm512_loadu_si512(a), _mm512_loadu_si512(b));
 }
 
 // Give the sum of each of 16 vectors: each step adds what halves of two vectors are left of, side by side.
