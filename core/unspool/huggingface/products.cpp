@@ -2,8 +2,7 @@
 //
 // Few rows cost what reading the weights does, many what multiplying does. Of the output 48 columns are computed at once,
 // for up to 8 rows: 24 sums, which are all that the registers hold. Their weights, a *group*, lie in the order in which
-// they are read, so memory gives them as fast as it can; what the next group needs is asked for meanwhile. Each column of
-// a group is read as pairs (`vectors.h`), against which a pair of each row is multiplied. An integer of 8 bits becomes the
+// they are read, and memory is asked for them a little ahead, so it gives them as fast as it can. Each column of a group is read as pairs (`vectors.h`), against which a pair of each row is multiplied. An integer of 8 bits becomes the
 // bfloat16 number of its value by looking its two bytes up, which is quicker than memory gives the next.
 //
 // All sums are float32, and each runs over the row in the same order, however many rows there are: a row's product is the
@@ -33,6 +32,7 @@ constexpr int64_t COLUMNS = VECTORS * W;    // in a group
 constexpr int64_t TALL = 8;                 // rows whose sums the registers hold
 constexpr int64_t STRIDE = 8;               // numbers of a row that are multiplied in a round
 constexpr int64_t LINE = 64;                // bytes that memory gives at once
+constexpr int64_t AHEAD = 6144;             // bytes
 
 // Lay weights out, [width, depth] to [groups, ...]: 48 columns a group, the last of them filled up with zeros.
 at::Tensor lay_out(const at::Tensor& weight) {
@@ -101,23 +101,20 @@ struct Finish {
   }
 };
 
-// What memory is asked for meanwhile: so many lines in each round. It comes into the second cache.
-struct Ahead {
-  const char* from;
-  int64_t each;
+// Ask memory for what a round reads some rounds later. It comes into the second cache.
+template <typename Stored>
+inline void ask(const Stored* round) {
+  for (size_t at = 0; at < STRIDE * COLUMNS * sizeof(Stored); at += LINE)
+    __builtin_prefetch(reinterpret_cast<const char*>(round) + AHEAD + at, 0, 2);
+}
 
-  void fetch() {
-    for (int64_t line = 0; line < each; ++line, from += LINE) __builtin_prefetch(from, 0, 2);
-  }
-};
-
-// The products of R rows with a group, of which so many columns are wanted.
+// The products of R rows with a group, of which so many columns are wanted. Unless it was read before, it is asked for.
 template <typename Weights, int R>
-void tile(const at::BFloat16* rows, int64_t depth, const typename Weights::Stored* group, Ahead ahead,
+void tile(const at::BFloat16* rows, int64_t depth, const typename Weights::Stored* group, bool near,
           const Finish& finish, int64_t columns, at::BFloat16* output, int64_t width) {
   Vector total[R][VECTORS] = {};
   for (const at::BFloat16* x = rows; x < rows + depth; x += STRIDE, group += STRIDE * COLUMNS) {
-    ahead.fetch();
+    if (!near) ask(group);
     for (int k = 0; k < STRIDE; k += 2 * Weights::PAIRS) {
       __m512i pairs[Weights::PAIRS][VECTORS];
       Weights::read(group + k * COLUMNS, pairs);
@@ -149,11 +146,11 @@ void tile_of(int64_t count, const Arguments&... arguments) {
 }
 
 // Turn the integers of a group to bfloat16, which pays where several tiles read it.
-const at::BFloat16* turned(const uint8_t* group, int64_t depth, Ahead ahead) {
+const at::BFloat16* turned(const uint8_t* group, int64_t depth) {
   static thread_local std::vector<at::BFloat16> halves;
   halves.resize(depth * COLUMNS);
   for (int64_t k = 0; k < depth; k += 2 * Bytes::PAIRS) {
-    if (k % STRIDE == 0) ahead.fetch();
+    if (k % STRIDE == 0) ask(group + k * COLUMNS);
     __m512i pairs[Bytes::PAIRS][VECTORS];
     Bytes::read(group + k * COLUMNS, pairs);
     std::memcpy(static_cast<void*>(halves.data() + k * COLUMNS), pairs, sizeof pairs);
@@ -165,7 +162,6 @@ template <typename Weights>
 void multiply(const at::Tensor& x, const at::Tensor& laid, const float* scales, const at::BFloat16* biases,
               at::Tensor& output) {
   using Stored = typename Weights::Stored;
-  constexpr int64_t lines = STRIDE * COLUMNS * sizeof(Stored) / LINE;  // of memory in a round
   const int64_t count = x.size(0), depth = x.size(1), width = output.size(1), groups = laid.size(0);
   const at::BFloat16* rows = x.const_data_ptr<at::BFloat16>();
   const Stored* weights = laid.const_data_ptr<Stored>();
@@ -180,23 +176,20 @@ void multiply(const at::Tensor& x, const at::Tensor& laid, const float* scales, 
       const int64_t tiles = (here + TALL - 1) / TALL;
       const Finish finish(scales ? scales + first : nullptr, biases ? biases + first : nullptr, columns);
       const Stored* group = weights + first * depth;
-      const char* next = reinterpret_cast<const char*>(group + COLUMNS * depth);
-      auto all = [&](auto kind, const auto* group, int64_t lines) {
-        const int64_t each = (lines + tiles - 1) / tiles;  // of them each tile asks for some
+      auto all = [&](auto kind, const auto* group, bool near) {
         for (int64_t t = 0; t < tiles; ++t) {
           const int64_t row = start + here * t / tiles, rest = start + here * (t + 1) / tiles - row;
-          const Ahead ahead{next + t * each * depth / STRIDE * LINE, t * each < lines ? each : 0};
-          tile_of<decltype(kind)>(rest, rows + row * depth, depth, group, ahead, finish, columns,
+          tile_of<decltype(kind)>(rest, rows + row * depth, depth, group, near || t, finish, columns,
                                   to + row * width + first, width);
         }
       };
       if constexpr (std::is_same_v<Weights, Bytes>) {
         if (tiles > 1) {
-          all(Halves{}, turned(group, depth, Ahead{next, lines}), 0);
+          all(Halves{}, turned(group, depth), true);
           continue;
         }
       }
-      all(Weights{}, group, lines);
+      all(Weights{}, group, false);
     }
   });
 }
