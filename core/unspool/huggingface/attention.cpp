@@ -20,6 +20,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <optional>
 #include <type_traits>
 #include <vector>
@@ -32,19 +33,27 @@ using namespace unspool;
 
 constexpr int BLOCK = 64;  // keys that are scored together
 constexpr int TILE = 96;   // query rows that share a block laid out once
+constexpr int FEW = 4;     // so many of fewer than 8 are looked at together
 constexpr int MR = 6;      // rows in a register tile
 constexpr int NV = W / 4;  // and vectors of columns
 constexpr float NONE = -std::numeric_limits<float>::infinity();
 
+constexpr int64_t up_to(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
 // exp(x) for x <= 0 to within 2 units in the last place; below -87 it is 0.
 inline Vector exponential(Vector x) {
-  Whole tiny = x < all(-87.0f);
-  Vector kept = tiny ? all(-87.0f) : x;
-  Vector whole = kept * 1.44269504088896341f;
-  Whole power = __builtin_convertvector(whole - 0.5f, Whole);  // x <= 0: rounds to nearest
-  Vector floor = __builtin_convertvector(power, Vector);
-  Vector r = kept - floor * 0.693359375f;
-  r = r + floor * 2.12194440e-4f;
+#if defined(__AVX512F__)
+  const Vector kept = reinterpret_cast<Vector>(_mm512_max_ps(_mm512_set1_ps(-150.0f), reinterpret_cast<__m512>(x)));
+  const __m512 log = reinterpret_cast<__m512>(kept * 1.44269504088896341f);
+  const Vector whole = reinterpret_cast<Vector>(_mm512_roundscale_ps(log, _MM_FROUND_TO_NEAREST_INT));
+#else
+  const Whole tiny = x < all(-87.0f);
+  const Vector kept = tiny ? all(-87.0f) : x;
+  const Whole power = __builtin_convertvector(kept * 1.44269504088896341f - 0.5f, Whole);  // x <= 0: rounds to nearest
+  const Vector whole = __builtin_convertvector(power, Vector);
+#endif
+  Vector r = kept - whole * 0.693359375f;
+  r = r + whole * 2.12194440e-4f;
   Vector y = all(1.9875691500e-4f);
   y = y * r + 1.3981999507e-3f;
   y = y * r + 8.3334519073e-3f;
@@ -52,8 +61,12 @@ inline Vector exponential(Vector x) {
   y = y * r + 1.6666665459e-1f;
   y = y * r + 5.0000001201e-1f;
   y = y * r * r + r + 1.0f;
-  Whole bits = reinterpret_cast<Whole>(y) + (power << 23);
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vector>(_mm512_scalef_ps(reinterpret_cast<__m512>(y), reinterpret_cast<__m512>(whole)));
+#else
+  const Whole bits = reinterpret_cast<Whole>(y) + (power << 23);
   return tiny ? Vector{} : reinterpret_cast<Vector>(bits);
+#endif
 }
 
 // What memory is asked for while something else is computed, since a decode step waits for little else: a block that is
@@ -179,7 +192,7 @@ inline void score_few(const at::BFloat16* query, int64_t rows, int64_t width, co
       for (int64_t d = 0; d < width; d += 2 * W)
         for (int i = 0; i < W; ++i) total[i] = paired(total[i], query + r * width + d, key[i] + d);
       for (int64_t i = r * W / rows; i < (r + 1) * W / rows; ++i) ahead.fetch();
-      *reinterpret_cast<Loose*>(scores + r * BLOCK + j) = sums(total) * scaling;
+      *reinterpret_cast<Loose*>(scores + r * BLOCK + j) = sums<W>(total) * scaling;
     }
   }
 }
@@ -212,33 +225,44 @@ inline void turn(const at::BFloat16* keys, int64_t width, int64_t count, int32_t
     }
 }
 
-template <int M>
+// The scores of M rows with 16 V keys that are laid out.
+template <int M, int V>
 inline void tile_of_pairs(const at::BFloat16* query, int64_t width, const int32_t* turned, float scaling,
                           float* scores) {
-  static_assert(BLOCK == 4 * W);
-  Vector total[M][4] = {};
-  for (int64_t d = 0; d < width / 2; ++d)
+  Vector total[M][V];
+  for (int i = 0; i < M; ++i)
+    for (int v = 0; v < V; ++v) total[i][v] = Vector{};  // `= {}` above would be a call
+  for (int64_t d = 0; d < width; d += 2) {
+    __m512i pairs[V];
+    for (int v = 0; v < V; ++v) pairs[v] = _mm512_loadu_si512(turned + d / 2 * BLOCK + v * W);
     for (int i = 0; i < M; ++i) {
       int32_t pair;
-      std::memcpy(&pair, query + i * width + 2 * d, sizeof pair);
+      std::memcpy(&pair, query + i * width + d, sizeof pair);
       const __m512i factor = _mm512_set1_epi32(pair);
-      for (int v = 0; v < 4; ++v) total[i][v] = paired(total[i][v], &factor, turned + d * BLOCK + v * W);
+      for (int v = 0; v < V; ++v) total[i][v] = paired(total[i][v], factor, pairs[v]);
     }
+  }
   for (int i = 0; i < M; ++i)
-    for (int v = 0; v < 4; ++v) *reinterpret_cast<Loose*>(scores + i * BLOCK + v * W) = total[i][v] * scaling;
+    for (int v = 0; v < V; ++v) *reinterpret_cast<Loose*>(scores + i * BLOCK + v * W) = total[i][v] * scaling;
 }
 
-inline void score_many(const at::BFloat16* query, int64_t rows, int64_t width, const int32_t* turned, float scaling,
-                       float* scores) {
-  int64_t r = 0;
-  for (; r + MR <= rows; r += MR) tile_of_pairs<MR>(query + r * width, width, turned, scaling, scores + r * BLOCK);
-  for (; r < rows; ++r) tile_of_pairs<1>(query + r * width, width, turned, scaling, scores + r * BLOCK);
+inline void score_many(const at::BFloat16* query, int64_t rows, int64_t width, const int32_t* turned, int64_t count,
+                       float scaling, float* scores) {
+  auto strips = [&](auto tiles, auto tile, int64_t j) {
+    int64_t r = 0;
+    for (; r + MR <= rows; r += MR) tiles(query + r * width, width, turned + j, scaling, scores + r * BLOCK + j);
+    for (; r < rows; ++r) tile(query + r * width, width, turned + j, scaling, scores + r * BLOCK + j);
+  };
+  if (count + W > BLOCK)
+    strips(tile_of_pairs<MR, BLOCK / W>, tile_of_pairs<1, BLOCK / W>, 0);
+  else
+    for (int64_t j = 0; j < count; j += W) strips(tile_of_pairs<MR, 1>, tile_of_pairs<1, 1>, j);
 }
 #else
 inline void score_few(const at::BFloat16*, int64_t, int64_t, const at::BFloat16*, int64_t, float, Ahead<at::BFloat16>&,
                       float*) {}
 inline void turn(const at::BFloat16*, int64_t, int64_t, int32_t*) {}
-inline void score_many(const at::BFloat16*, int64_t, int64_t, const int32_t*, float, float*) {}
+inline void score_many(const at::BFloat16*, int64_t, int64_t, const int32_t*, int64_t, float, float*) {}
 #endif
 
 struct Part {
@@ -294,6 +318,77 @@ struct Buffers {
   std::vector<int32_t> pairs;
 };
 
+// What a token sees of a block of keys, from `first` to `last`, and of those what `allowed` (or null) says.
+struct Seen {
+  int64_t first, last;
+  const uint8_t* allowed;
+
+  Seen(const Part& part, int64_t number, const Block& block) {
+    const int64_t* row = part.rows + number * 3;
+    first = std::clamp<int64_t>(row[1] - block.place, 0, block.count);
+    last = std::clamp<int64_t>(row[2] - block.place, 0, block.count);
+    allowed = part.mask ? part.mask + number * part.length + block.place : nullptr;
+  }
+
+  // Leave out of a row's scores what it does not see.
+  void mask(float* line) const {
+    for (int64_t j = 0; j < first; ++j) line[j] = NONE;
+    for (int64_t j = last; j < BLOCK; ++j) line[j] = NONE;
+    if (allowed)
+      for (int64_t j = first; j < last; ++j)
+        if (!allowed[j]) line[j] = NONE;
+  }
+};
+
+// Turn scores of rows with a block of keys into weights, exp(score - greatest), and what was summed up before to the new
+// greatest. A score that is not a number makes its weight and with it all sums of its row so. N rows are looked at together.
+template <int N>
+inline void weigh(const Part& part, const Item& item, const Shape& shape, const Block& block, float* scores,
+                  float* weighted, float* sum, float* most) {
+  const int64_t rows = (item.last - item.first) * shape.group, width = shape.value_width;
+  const int64_t reach = up_to(block.count, W);
+  for (int64_t begin = 0, t = item.first, g = 0; begin < rows; begin += N) {
+    const int64_t here = std::min<int64_t>(N, rows - begin);
+    Vector best[N], total[N] = {}, before = all(NONE), sum_before{};
+    std::fill(best, best + N, all(NONE));
+    Seen seen(part, t, block);
+    for (int64_t i = 0; i < here; ++i) {
+      float* line = scores + (begin + i) * BLOCK;
+      if (shape.softcap > 0)
+        for (int64_t j = 0; j < block.count; ++j) line[j] = shape.softcap * std::tanh(line[j] / shape.softcap);
+      seen.mask(line);
+      for (int64_t j = 0; j < reach; j += W) {
+        const Vector v = *reinterpret_cast<Loose*>(line + j);
+        best[i] = v > best[i] ? v : best[i];
+      }
+      if (++g == shape.group && ++t < item.last) {
+        g = 0;
+        seen = Seen(part, t, block);
+      }
+    }
+    std::memcpy(&before, most + begin, here * sizeof(float));
+    std::memcpy(&sum_before, sum + begin, here * sizeof(float));
+    const Vector now = greatests<N>(best), top = now > before ? now : before;
+    const Vector from = top == all(NONE) ? Vector{} : top;  // where nothing was seen yet all weights are 0
+    const Vector shrink = exponential(before - from);
+    for (int64_t i = 0; i < here; ++i) {
+      float* line = scores + (begin + i) * BLOCK;
+      const Vector own = all(from[i]);
+      for (int64_t j = 0; j < reach; j += W) {
+        Loose* v = reinterpret_cast<Loose*>(line + j);
+        const Vector weight = exponential(*v - own);
+        *v = weight;
+        total[i] += weight;
+      }
+      if (shrink[i] != 1.0f)
+        for (int64_t e = 0; e < width; ++e) weighted[(begin + i) * width + e] *= shrink[i];
+    }
+    const Vector sum_now = sum_before * shrink + sums<N>(total);
+    std::memcpy(sum + begin, &sum_now, here * sizeof(float));
+    std::memcpy(most + begin, &top, here * sizeof(float));
+  }
+}
+
 // The first keys and values of what a thread computes next.
 template <typename P>
 struct Upcoming {
@@ -340,7 +435,7 @@ void run(const Item& item, const Part& part, const Shape& shape, const at::Tenso
   Blocks blocks(part, item);
   for (Block block = blocks.next(), then; block.count; block = then) {
     then = blocks.next();
-    const int64_t count = block.count, place = block.place;
+    const int64_t count = block.count;
     const P* key = keys + block.slot * D;
     const P* value = values + block.slot * E;
     const Block& soon = then.count ? then : upcoming.block;
@@ -352,7 +447,7 @@ void run(const Item& item, const Part& part, const Shape& shape, const at::Tenso
           score_few(buffers.halves.data(), rows, D, key, count, shape.scaling, next_keys, scores);
         } else {
           turn(key, D, count, buffers.pairs.data());
-          score_many(buffers.halves.data(), rows, D, buffers.pairs.data(), shape.scaling, scores);
+          score_many(buffers.halves.data(), rows, D, buffers.pairs.data(), count, shape.scaling, scores);
         }
       }
     } else if (few) {
@@ -366,50 +461,10 @@ void run(const Item& item, const Part& part, const Shape& shape, const at::Tenso
       std::fill(scores, scores + rows * BLOCK, 0.0f);
       multiply<float>(q, D, turned, BLOCK, scores, BLOCK, rows, BLOCK, D);
     }
-    for (int64_t t = 0; t < tokens; ++t) {
-      const int64_t* row = part.rows + (item.first + t) * 3;
-      const int64_t first = std::clamp<int64_t>(row[1] - place, 0, count);
-      const int64_t last = std::clamp<int64_t>(row[2] - place, 0, count);
-      const uint8_t* allowed = part.mask ? part.mask + (item.first + t) * part.length + place : nullptr;
-      for (int64_t g = 0; g < shape.group; ++g) {
-        const int64_t r = t * shape.group + g;
-        float* line = scores + r * BLOCK;
-        if (shape.softcap > 0)
-          for (int64_t j = 0; j < count; ++j) line[j] = shape.softcap * std::tanh(line[j] / shape.softcap);
-        for (int64_t j = 0; j < first; ++j) line[j] = NONE;
-        for (int64_t j = last; j < BLOCK; ++j) line[j] = NONE;
-        if (allowed)
-          for (int64_t j = first; j < last; ++j)
-            if (!allowed[j]) line[j] = NONE;
-        Vector best = all(NONE);
-        Whole strange{};
-        for (int64_t j = 0; j < BLOCK; j += W) {
-          Vector v = *reinterpret_cast<Loose*>(line + j);
-          best = v > best ? v : best;
-          strange |= v != v;
-        }
-        float top = std::max(most[r], greatest(best));
-        const bool odd = any(strange);
-        if (odd) top = std::numeric_limits<float>::quiet_NaN();
-        if (top == NONE) {  // nothing seen yet
-          std::fill(line, line + BLOCK, 0.0f);
-          continue;
-        }
-        const float shrink = most[r] == NONE ? 0.0f : std::exp(most[r] - top);
-        Vector total{};
-        for (int64_t j = 0; j < BLOCK; j += W) {
-          Loose* v = reinterpret_cast<Loose*>(line + j);
-          Vector weight = exponential(*v - top);
-          *v = weight;
-          total += weight;
-        }
-        if (odd) std::fill(line + first, line + last, top);
-        sums[r] = sums[r] * shrink + (odd ? top : sum(total));
-        most[r] = top;
-        if (shrink != 1.0f)
-          for (int64_t e = 0; e < E; ++e) weighted[r * E + e] *= shrink;
-      }
-    }
+    if (few)
+      weigh<FEW>(part, item, shape, block, scores, weighted, sums, most);
+    else
+      weigh<W>(part, item, shape, block, scores, weighted, sums, most);
     if (few || sizeof(P) == sizeof(float)) {
       multiply<P>(scores, BLOCK, value, E, weighted, E, rows, E, count, &next_values);
     } else {
@@ -439,10 +494,11 @@ void finish(const std::vector<std::vector<std::pair<int64_t, int64_t>>>& pieces,
           const int64_t rows = (item.last - item.first) * shape.group, r = row * shape.group + g;
           const float* found = scratch + item.scratch;
           const float top = found[rows * (E + 1) + r];
-          if (top == NONE) continue;
-          const float best = std::isnan(top) ? top : std::max(most, top);
+          const float sum = found[rows * E + r];
+          if (sum == 0) continue;
+          const float best = std::max(most, top);
           const float old = most == NONE ? 0.0f : std::exp(most - best), now = std::exp(top - best);
-          total = total * old + found[rows * E + r] * now;
+          total = total * old + sum * now;
           for (int64_t e = 0; e < E; ++e) merged[e] = merged[e] * old + found[r * E + e] * now;
           most = best;
         }
@@ -474,8 +530,9 @@ void attend_as(const at::Tensor& query, const at::Tensor& key, const at::Tensor&
   const int64_t n = query.size(2), D = shape.width, E = shape.value_width, S = keys.size(2);
   P* pool_keys = keys.data_ptr<P>();
   P* pool_values = values.data_ptr<P>();
-  for (int64_t h = 0; h < shape.kv_heads; ++h)
-    for (int64_t i = 0; i < n; ++i) {
+  at::parallel_for(0, shape.kv_heads * n, 128, [&](int64_t begin, int64_t end) {
+    for (int64_t at = begin; at < end; ++at) {
+      const int64_t h = at / n, i = at % n;
       const T* k = key.const_data_ptr<T>() + h * key.stride(1) + i * key.stride(2);
       const T* v = value.const_data_ptr<T>() + h * value.stride(1) + i * value.stride(2);
       P* kept_key = pool_keys + (h * S + slots[i]) * D;
@@ -483,6 +540,7 @@ void attend_as(const at::Tensor& query, const at::Tensor& key, const at::Tensor&
       keep(k, D, kept_key);
       keep(v, E, kept_value);
     }
+  });
   std::vector<Part> parts(part_count);
   int64_t work = 0;
   for (int64_t p = 0; p < part_count; ++p) {
@@ -516,21 +574,26 @@ void attend_as(const at::Tensor& query, const at::Tensor& key, const at::Tensor&
       }
     }
   }
+  // The longest first, so that no thread is left with one at the end.
+  std::vector<size_t> order(items.size());
+  std::iota(order.begin(), order.end(), 0);
+  auto size = [&](size_t i) { return (items[i].last - items[i].first) * (items[i].end - items[i].begin); };
+  std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return size(a) > size(b); });
   static thread_local std::vector<float> found;
   if (static_cast<int64_t>(found.size()) < scratch) found.resize(scratch);
   float* results = found.data();
   std::atomic<size_t> next{0};
   at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     static thread_local Buffers buffers;
-    for (size_t i = next.fetch_add(1), then; i < items.size(); i = then) {
+    for (size_t turn = next.fetch_add(1), then; turn < items.size(); turn = then) {
       then = next.fetch_add(1);
       Upcoming<P> upcoming{pool_keys, pool_values, {}};
       if (then < items.size()) {
-        const Item& item = items[then];
+        const Item& item = items[order[then]];
         upcoming = {pool_keys + item.head * S * D, pool_values + item.head * S * E,
                     Blocks(parts[item.part], item).next()};
       }
-      const Item& item = items[i];
+      const Item& item = items[order[turn]];
       run<T, P>(item, parts[item.part], shape, query, pool_keys + item.head * S * D, pool_values + item.head * S * E,
                 upcoming, buffers, results + item.scratch);
     }

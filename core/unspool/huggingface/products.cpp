@@ -1,7 +1,7 @@
 // Products of any number of rows with a matrix of weights that lies as these read it: bfloat16, or 8-bit integers.
 //
-// Few rows cost what reading the weights does, many what multiplying does. Of the output 48 columns are computed at once,
-// for up to 8 rows: 24 sums, which are all that the registers hold. Their weights, a *group*, lie in the order in which
+// Few rows cost what reading the weights does, many what multiplying does. Of the output 32 columns are computed at once,
+// for up to 12 rows: 24 sums, which are all that the registers hold. Their weights, a *group*, lie in the order in which
 // they are read, and memory is asked for them a little ahead, so it gives them as fast as it can. Each column of a group is read as pairs (`vectors.h`), against which a pair of each row is multiplied. An integer of 8 bits becomes the
 // bfloat16 number of its value by looking its two bytes up, which is quicker than memory gives the next.
 //
@@ -27,14 +27,14 @@ namespace {
 
 using namespace unspool;
 
-constexpr int64_t VECTORS = 3;              // of sums beside each other
+constexpr int64_t VECTORS = 2;              // of sums beside each other
 constexpr int64_t COLUMNS = VECTORS * W;    // in a group
-constexpr int64_t TALL = 8;                 // rows whose sums the registers hold
+constexpr int64_t TALL = 12;                // rows whose sums the registers hold
 constexpr int64_t STRIDE = 8;               // numbers of a row that are multiplied in a round
 constexpr int64_t LINE = 64;                // bytes that memory gives at once
 constexpr int64_t AHEAD = 6144;             // bytes
 
-// Lay weights out, [width, depth] to [groups, ...]: 48 columns a group, the last of them filled up with zeros.
+// Lay weights out, [width, depth] to [groups, ...]: 32 columns a group, the last of them filled up with zeros.
 at::Tensor lay_out(const at::Tensor& weight) {
   const int64_t width = weight.size(0), depth = weight.size(1), groups = (width + COLUMNS - 1) / COLUMNS;
   TORCH_CHECK(depth % STRIDE == 0, "unspool::lay_out takes rows of a multiple of ", STRIDE, " numbers, not ", depth);
@@ -89,15 +89,22 @@ struct Bytes {
   }
 };
 
-// What becomes of the sums of a group's columns.
+// What becomes of the sums of a group's columns, unless nothing does.
 struct Finish {
+  bool any;
   float scale[COLUMNS], bias[COLUMNS];
 
-  Finish(const float* scales, const at::BFloat16* biases, int64_t columns) {
-    for (int64_t n = 0; n < COLUMNS; ++n) {
-      scale[n] = scales && n < columns ? scales[n] : 1.0f;
-      bias[n] = biases && n < columns ? static_cast<float>(biases[n]) : 0.0f;
+  Finish(const float* scales, const at::BFloat16* biases, int64_t first, int64_t columns) : any(scales || biases) {
+    for (int64_t n = 0; any && n < COLUMNS; ++n) {
+      scale[n] = scales && n < columns ? scales[first + n] : 1.0f;
+      bias[n] = biases && n < columns ? static_cast<float>(biases[first + n]) : 0.0f;
     }
+  }
+
+  // Of the vector of columns from n.
+  Vector of(Vector sum, int n) const {
+    if (!any) return sum;
+    return sum * *reinterpret_cast<const Loose*>(scale + n) + *reinterpret_cast<const Loose*>(bias + n);
   }
 };
 
@@ -112,7 +119,9 @@ inline void ask(const Stored* round) {
 template <typename Weights, int R>
 void tile(const at::BFloat16* rows, int64_t depth, const typename Weights::Stored* group, bool near,
           const Finish& finish, int64_t columns, at::BFloat16* output, int64_t width) {
-  Vector total[R][VECTORS] = {};
+  Vector total[R][VECTORS];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < VECTORS; ++v) total[r][v] = Vector{};  // `= {}` above would be a call
   for (const at::BFloat16* x = rows; x < rows + depth; x += STRIDE, group += STRIDE * COLUMNS) {
     if (!near) ask(group);
     for (int k = 0; k < STRIDE; k += 2 * Weights::PAIRS) {
@@ -129,19 +138,18 @@ void tile(const at::BFloat16* rows, int64_t depth, const typename Weights::Store
   }
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < VECTORS && v * W < columns; ++v) {
-      const Vector scale = *reinterpret_cast<const Loose*>(finish.scale + v * W);
-      const Vector bias = *reinterpret_cast<const Loose*>(finish.bias + v * W);
-      const auto found = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(total[r][v] * scale + bias));
       const int64_t left = std::min<int64_t>(W, columns - v * W);
-      _mm256_mask_storeu_epi16(output + r * width + v * W, (1u << left) - 1, reinterpret_cast<__m256i>(found));
+      const auto halves = reinterpret_cast<__m256i>(halved(finish.of(total[r][v], v * W)));
+      _mm256_mask_storeu_epi16(output + r * width + v * W, (1u << left) - 1, halves);
     }
 }
 
 template <typename Weights, typename... Arguments>
 void tile_of(int64_t count, const Arguments&... arguments) {
-  constexpr decltype(&tile<Weights, 1>) tiles[TALL] = {tile<Weights, 1>, tile<Weights, 2>, tile<Weights, 3>,
-                                                       tile<Weights, 4>, tile<Weights, 5>, tile<Weights, 6>,
-                                                       tile<Weights, 7>, tile<Weights, 8>};
+  static_assert(TALL == 12);
+  constexpr decltype(&tile<Weights, 1>) tiles[] = {
+      tile<Weights, 1>, tile<Weights, 2>, tile<Weights, 3>, tile<Weights, 4>,  tile<Weights, 5>,  tile<Weights, 6>,
+      tile<Weights, 7>, tile<Weights, 8>, tile<Weights, 9>, tile<Weights, 10>, tile<Weights, 11>, tile<Weights, 12>};
   tiles[count - 1](arguments...);
 }
 
@@ -174,7 +182,7 @@ void multiply(const at::Tensor& x, const at::Tensor& laid, const float* scales, 
       const int64_t first = task / shares * COLUMNS, share = task % shares, columns = std::min(COLUMNS, width - first);
       const int64_t start = count * share / shares, here = count * (share + 1) / shares - start;
       const int64_t tiles = (here + TALL - 1) / TALL;
-      const Finish finish(scales ? scales + first : nullptr, biases ? biases + first : nullptr, columns);
+      const Finish finish(scales, biases, first, columns);
       const Stored* group = weights + first * depth;
       auto all = [&](auto kind, const auto* group, bool near) {
         for (int64_t t = 0; t < tiles; ++t) {

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -29,6 +29,16 @@ typedef float Loose __attribute__((vector_size(W * 4), aligned(4), may_alias));
 typedef int32_t Whole __attribute__((vector_size(W * 4)));
 typedef uint32_t Word __attribute__((vector_size(W * 4)));
 typedef uint16_t Half __attribute__((vector_size(W * 2)));
+
+// Round to bfloat16, to the nearest.
+inline Half halved(Vector v) {
+#if defined(__AVX512BF16__)
+  return reinterpret_cast<Half>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(v)));
+#else
+  const Word bits = reinterpret_cast<Word>(v), nearest = bits + 0x7fff + ((bits >> 16) & 1);
+  return __builtin_convertvector((v == v ? nearest : bits | 0x400000) >> 16, Half);
+#endif
+}
 
 template <typename T>
 struct Element;
@@ -51,9 +61,8 @@ struct Element<c10::BFloat16> {
   }
   static float one(const c10::BFloat16* p) { return static_cast<float>(*p); }
   static void store(c10::BFloat16* p, Vector v) {
-    const Word bits = reinterpret_cast<Word>(v), nearest = bits + 0x7fff + ((bits >> 16) & 1);
-    const Half half = __builtin_convertvector((v == v ? nearest : bits | 0x400000) >> 16, Half);
-    std::memcpy(p, &half, sizeof half);
+    const Half half = halved(v);
+    std::memcpy(static_cast<void*>(p), &half, sizeof half);
   }
   static c10::BFloat16 rounded(float x) { return c10::BFloat16(x); }
 };
@@ -88,16 +97,51 @@ inline auto joined(V v, Join join) {
   return join(two, __builtin_shufflevector(two, two, 1, 0, 3, 2))[0];
 }
 
+inline bool any(Whole v) {
+  return joined(v, [](auto a, auto b) { return a | b; }) != 0;
+}
+
+// The same for each of N vectors. Of 16 each step joins halves of two, side by side.
+template <int N, typename Join>
+inline Vector joined_each(const Vector* v, Join join) {
+  if constexpr (N < 16) {
+    Vector out{};
+    for (int i = 0; i < N; ++i) out[i] = joined(v[i], join);
+    return out;
+  }
+#if defined(__AVX512F__)
+  Vector four[4];
+  for (int m = 0; m < 4; ++m) {
+    auto halves = [&](Vector a, Vector b) {
+      return join(__builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),
+                  __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31));
+    };
+    const Vector a = halves(v[m], v[4 + m]), b = halves(v[8 + m], v[12 + m]);
+    four[m] = join(__builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27),
+                   __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31));
+  }
+  auto twos = [&](Vector a, Vector b) {
+    return join(__builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29),
+                __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31));
+  };
+  const Vector a = twos(four[0], four[1]), b = twos(four[2], four[3]);
+  return join(__builtin_shufflevector(a, b, 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30),
+              __builtin_shufflevector(a, b, 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31));
+#endif
+}
+
 inline float sum(Vector v) {
   return joined(v, [](auto a, auto b) { return a + b; });
 }
 
-inline float greatest(Vector v) {
-  return joined(v, [](auto a, auto b) { return a > b ? a : b; });
+template <int N>
+inline Vector sums(const Vector* v) {
+  return joined_each<N>(v, [](auto a, auto b) { return a + b; });
 }
 
-inline bool any(Whole v) {
-  return joined(v, [](auto a, auto b) { return a | b; }) != 0;
+template <int N>
+inline Vector greatests(const Vector* v) {
+  return joined_each<N>(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 #if defined(__AVX512BF16__)
@@ -109,27 +153,6 @@ inline Vector paired(Vector total, __m512i a, __m512i b) {
 
 inline Vector paired(Vector total, const void* a, const void* b) {
   return paired(total, _mm512_loadu_si512(a), _mm512_loadu_si512(b));
-}
-
-// Give the sum of each of 16 vectors: each step adds what halves of two vectors are left of, side by side.
-inline Vector sums(const Vector* v) {
-  Vector four[4];
-  for (int m = 0; m < 4; ++m) {
-    auto halves = [](Vector a, Vector b) {
-      return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-             __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-    };
-    const Vector a = halves(v[m], v[4 + m]), b = halves(v[8 + m], v[12 + m]);
-    four[m] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
-              __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
-  }
-  auto twos = [](Vector a, Vector b) {
-    return __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-           __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-  };
-  const Vector a = twos(four[0], four[1]), b = twos(four[2], four[3]);
-  return __builtin_shufflevector(a, b, 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30) +
-         __builtin_shufflevector(a, b, 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31);
 }
 #endif
 
