@@ -162,7 +162,7 @@ def test_weights_that_cannot_be_laid_out_and_products_that_do_not_fit_are_refuse
         project(torch.zeros(1, 16), laid, None, None, 50)
     with pytest.raises(RuntimeError, match="laid out for rows of 24 numbers"):
         project(torch.zeros(1, 24, dtype=torch.bfloat16), laid, None, None, 50)
-    with pytest.raises(RuntimeError, match="has 96 columns, not 97"):
+    with pytest.raises(RuntimeError, match="has 64 columns, not 97"):
         project(torch.zeros(1, 16, dtype=torch.bfloat16), laid, None, None, 97)
     with pytest.raises(RuntimeError, match="a scale and a bias of 50 numbers"):
         project(torch.zeros(1, 16, dtype=torch.bfloat16), laid, None, torch.zeros(49, dtype=torch.bfloat16), 50)
