@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from unspool.huggingface import kernel, projections
+from unspool.huggingface import HuggingFaceRunner, kernel, projections
 from unspool.huggingface.int8 import Int8Linear, quantize, widen
 from unspool.huggingface.projections import Packed, Part, Projection, multiplied_by_kernel, quicken
 from unspool_testing.networks import ARCHITECTURES, tiny_model
@@ -107,3 +107,17 @@ def test_weights_that_do_not_fit_into_memory_twice_are_not_packed(monkeypatch: p
     model = tiny_model("llama", dtype=torch.float32)
     quicken(model)
     assert not any(isinstance(module, Packed) for module in model.modules())
+
+
+def test_the_output_matrix_of_earlier_layers_is_quick_too() -> None:
+    model = tiny_model("llama", dtype=torch.float32)
+    runner = HuggingFaceRunner(model)
+    hidden = torch.randn(3, runner.width, generator=torch.Generator().manual_seed(0))
+    before = runner.head(hidden)
+    runner.quicken()
+    head = model.get_submodule("lm_head")
+    assert isinstance(head, Packed) == (projections.packing(torch.float32) is not None)
+    asked: list[Tensor] = []
+    head.register_forward_pre_hook(lambda _, given: asked.append(given[0]))
+    torch.testing.assert_close(runner.head(hidden), before, rtol=1e-5, atol=1e-5)
+    assert len(asked) == 1

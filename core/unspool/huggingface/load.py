@@ -25,7 +25,6 @@ from unspool.huggingface import compiler, gguf
 from unspool.huggingface.bars import no_bars
 from unspool.huggingface.hub import check_reachable
 from unspool.huggingface.int8 import quantize
-from unspool.huggingface.projections import quicken
 from unspool.huggingface.runner import HuggingFaceRunner
 from unspool.huggingface.survey import refuse_by_config
 
@@ -154,7 +153,7 @@ def load(
         after = 0.0 if compile == "on" else compiler.PAYS_AFTER_S
         runner.compiler = compiler.Compiler(words, after, runner.use_compiled)
     if quick and not quantized:
-        quicken(model, by_kernel=compile != "off")
+        runner.quicken(by_kernel=compile != "off")
     return LoadedModel(runner, tokenizer, model.generation_config, name)
 
 

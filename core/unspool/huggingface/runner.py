@@ -31,6 +31,7 @@ from unspool.huggingface.graphs import Graphs
 from unspool.huggingface.package import Subject
 from unspool.huggingface.plan import Plan
 from unspool.huggingface.pool import Pool
+from unspool.huggingface.projections import quicken
 from unspool.huggingface.table import TablePlan
 from unspool.runner import Batch, Output
 
@@ -71,6 +72,7 @@ class HuggingFaceRunner:
         model.train(False)
         self._model = model
         self._device = model.device
+        memory.keep_freed()
         text = model.config.get_text_config(decoder=True)
         own = model.config._attn_implementation
         try:
@@ -160,6 +162,11 @@ class HuggingFaceRunner:
         if sum(subject.path(kind).stat().st_size for kind in made) < self.free_bytes() // 2:
             self._made = [found for kind in made if (found := package.loaded(subject, kind))]
         return len(self._made) == len(subject.kinds)
+
+    def quicken(self, *, by_kernel: bool = True) -> None:
+        """Replace the model's linear layers by quicker ones that compute the same, on a CPU (`projections.py`)."""
+        quicken(self._model, by_kernel=by_kernel)
+        self._shallow.clear()  # they have the layers that were replaced
 
     def slot_bytes(self) -> int:
         """Bytes of keys and values that one slot takes."""
