@@ -2,11 +2,13 @@
 //
 // Few rows cost what reading the weights does, many what multiplying does. Of the output 32 columns are computed at once,
 // for up to 12 rows: 24 sums, which are all that the registers hold. Their weights, a *group*, lie in the order in which
-// they are read, and memory is asked for them a little ahead, so it gives them as fast as it can. Each column of a group is read as pairs (`vectors.h`), against which a pair of each row is multiplied. An integer of 8 bits becomes the
+// they are read, and memory is asked for them a little ahead, so it gives them as fast as it can. Each column of a group
+// is read as pairs (`vectors.h`), against which a pair of each row is multiplied. An integer of 8 bits becomes the
 // bfloat16 number of its value by looking its two bytes up, which is quicker than memory gives the next.
 //
 // All sums are float32, and each runs over the row in the same order, however many rows there are: a row's product is the
-// same to the last bit beside any others. There are no such operators where the processor does not multiply pairs.
+// same to the last bit beside any others. There are no such operators where the processor does not multiply pairs, or has
+// no tables of bytes.
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/constant_pad_nd.h>
@@ -22,17 +24,17 @@
 
 #include "vectors.h"
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
 namespace {
 
 using namespace unspool;
 
-constexpr int64_t VECTORS = 2;              // of sums beside each other
-constexpr int64_t COLUMNS = VECTORS * W;    // in a group
-constexpr int64_t TALL = 12;                // rows whose sums the registers hold
-constexpr int64_t STRIDE = 8;               // numbers of a row that are multiplied in a round
-constexpr int64_t LINE = 64;                // bytes that memory gives at once
-constexpr int64_t AHEAD = 6144;             // bytes
+constexpr int64_t VECTORS = 2;            // of sums beside each other
+constexpr int64_t COLUMNS = VECTORS * W;  // in a group
+constexpr int64_t TALL = 12;              // rows whose sums the registers hold
+constexpr int64_t STRIDE = 8;             // numbers of a row that are multiplied in a round
+constexpr int64_t LINE = 64;              // bytes that memory gives at once
+constexpr int64_t AHEAD = 6144;           // bytes
 
 // Lay weights out, [width, depth] to [groups, ...]: 32 columns a group, the last of them filled up with zeros.
 at::Tensor lay_out(const at::Tensor& weight) {
@@ -48,11 +50,11 @@ at::Tensor lay_out(const at::Tensor& weight) {
   return bytes.view({groups, VECTORS, 4, W / 4, depth / 4, 2, 2}).permute({0, 4, 1, 2, 5, 3, 6}).contiguous();
 }
 
-// How weights of a group are read: `PAIRS` pairs of each column at once.
+// How weights of a group are read: `AT_ONCE` pairs of each column together.
 struct Halves {
   using Stored = at::BFloat16;
-  static constexpr int PAIRS = 1;
-  static void read(const Stored* from, __m512i pairs[PAIRS][VECTORS]) {
+  static constexpr int AT_ONCE = 1;
+  static void read(const Stored* from, __m512i pairs[AT_ONCE][VECTORS]) {
     for (int v = 0; v < VECTORS; ++v) pairs[0][v] = _mm512_loadu_si512(from + v * 2 * W);
   }
 };
@@ -73,8 +75,8 @@ const Table TABLE;
 
 struct Bytes {
   using Stored = uint8_t;
-  static constexpr int PAIRS = 2;
-  static void read(const Stored* from, __m512i pairs[PAIRS][VECTORS]) {
+  static constexpr int AT_ONCE = 2;
+  static void read(const Stored* from, __m512i pairs[AT_ONCE][VECTORS]) {
     for (int v = 0; v < VECTORS; ++v) {
       const __m512i stored = _mm512_loadu_si512(from + v * LINE);
       const __m512i low = found(TABLE.low, stored), magnitude = found(TABLE.high, stored);
@@ -124,10 +126,10 @@ void tile(const at::BFloat16* rows, int64_t depth, const typename Weights::Store
     for (int v = 0; v < VECTORS; ++v) total[r][v] = Vector{};  // `= {}` above would be a call
   for (const at::BFloat16* x = rows; x < rows + depth; x += STRIDE, group += STRIDE * COLUMNS) {
     if (!near) ask(group);
-    for (int k = 0; k < STRIDE; k += 2 * Weights::PAIRS) {
-      __m512i pairs[Weights::PAIRS][VECTORS];
+    for (int k = 0; k < STRIDE; k += 2 * Weights::AT_ONCE) {
+      __m512i pairs[Weights::AT_ONCE][VECTORS];
       Weights::read(group + k * COLUMNS, pairs);
-      for (int i = 0; i < Weights::PAIRS; ++i)
+      for (int i = 0; i < Weights::AT_ONCE; ++i)
         for (int r = 0; r < R; ++r) {
           int32_t pair;
           std::memcpy(&pair, x + r * depth + k + 2 * i, sizeof pair);
@@ -157,9 +159,9 @@ void tile_of(int64_t count, const Arguments&... arguments) {
 const at::BFloat16* turned(const uint8_t* group, int64_t depth) {
   static thread_local std::vector<at::BFloat16> halves;
   halves.resize(depth * COLUMNS);
-  for (int64_t k = 0; k < depth; k += 2 * Bytes::PAIRS) {
+  for (int64_t k = 0; k < depth; k += 2 * Bytes::AT_ONCE) {
     if (k % STRIDE == 0) ask(group + k * COLUMNS);
-    __m512i pairs[Bytes::PAIRS][VECTORS];
+    __m512i pairs[Bytes::AT_ONCE][VECTORS];
     Bytes::read(group + k * COLUMNS, pairs);
     std::memcpy(static_cast<void*>(halves.data() + k * COLUMNS), pairs, sizeof pairs);
   }
