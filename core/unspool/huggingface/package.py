@@ -5,7 +5,8 @@ made once for a machine, a model and a number of threads, takes a minute or more
 it takes a second.
 
 Where the kernel multiplies by most weights of a model (`products.cpp`), there is a package for a single token and one
-for more. The compiler's products are each quickest for some number of tokens, so where it makes them there is a package
+for more. (A single row's products with bfloat16 weights are the compiler's: joined with what comes before and after,
+they are a twentieth quicker.) The compiler's products are each quickest for some number of tokens, so where it makes them there is a package
 for a single token, one for a few (decoding, drafts) and one for many (prompts).
 
 A processor without bfloat16 instructions multiplies float32 several times faster. There the packages for more than one
@@ -40,12 +41,12 @@ from unspool.huggingface.attention import Call
 from unspool.huggingface.int8 import widen
 from unspool.huggingface.pool import Layer, Pool
 from unspool.huggingface.probe import allowed, difference
-from unspool.huggingface.projections import can_pack, join, multiplied_by_kernel, quicken
+from unspool.huggingface.projections import can_pack, join, multiplied_by_kernel, multiply_by_kernel
 from unspool.huggingface.table import Table, TablePlan, attend_by_kernel
 from unspool.runner import Batch, Output, Span
 
 _log = logging.getLogger(__name__)
-_FORMAT = 3
+_FORMAT = 4
 """Raised when packages that were made before must not be used any more."""
 _OPTIONS = {
     "freezing": True,
@@ -240,7 +241,7 @@ def make(subject: Subject, kind: Kind) -> Path:
     own, dtype = subject, subject.model.dtype
     model: Any = copy.deepcopy(subject.model)
     if subject.by_kernel:
-        quicken(model)
+        multiply_by_kernel(model, only_integers=kind.last == 1)
     else:
         if kind.last > 1:  # more tokens do not only read the weights: they multiply
             widen(model, torch.float32 if dtype.itemsize == 2 and not can_pack(dtype) else dtype)

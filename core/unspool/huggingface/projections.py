@@ -156,7 +156,6 @@ def multiplied_by_kernel(model: PreTrainedModel) -> bool:
     return 2 * multiplied > sum(within.values())
 
 
-@torch.no_grad()
 def quicken(model: PreTrainedModel, *, by_kernel: bool = True) -> None:
     """Replace linear layers of a model on a CPU by quicker ones that compute the same.
 
@@ -164,9 +163,22 @@ def quicken(model: PreTrainedModel, *, by_kernel: bool = True) -> None:
         model: the model, which is changed.
         by_kernel: have the kernel multiply, where it can.
     """
-    if model.device.type != "cpu":
-        return
-    layout = _layout(model, by_kernel)
+    if model.device.type == "cpu":
+        _replace(model, _layout(model, by_kernel))
+
+
+def multiply_by_kernel(model: PreTrainedModel, *, only_integers: bool = False) -> None:
+    """Have the kernel multiply in all linear layers of a model where it can, or in those with integer weights."""
+
+    def layout(linear: Linear, *, keep: bool) -> nn.Module | None:
+        wanted = isinstance(linear, Int8Linear) or not only_integers
+        return Projection(linear, keep=keep) if wanted and Projection.takes(linear) else None
+
+    _replace(model, layout)
+
+
+@torch.no_grad()
+def _replace(model: PreTrainedModel, layout: Layout | None) -> None:
     join(model, layout)
     for name, linear in list(model.named_modules()):
         if layout is not None and _linear(linear):
