@@ -6,8 +6,8 @@ it takes a second.
 
 Where the kernel multiplies by most weights of a model (`products.cpp`), there is a package for a single token and one
 for more. (A single row's products with bfloat16 weights are the compiler's: joined with what comes before and after,
-they are a twentieth quicker.) The compiler's products are each quickest for some number of tokens, so where it makes them there is a package
-for a single token, one for a few (decoding, drafts) and one for many (prompts).
+they are a twentieth quicker.) The compiler's products are each quickest for some number of tokens, so where it makes
+them all there is a package for a single token, one for a few (decoding, drafts) and one for many (prompts).
 
 A processor without bfloat16 instructions multiplies float32 several times faster. There the packages for more than one
 token hold the weights as float32 and compute in it (the cache stays bfloat16), and only the pass of one token, which
