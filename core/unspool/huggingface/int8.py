@@ -44,8 +44,7 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Project `x` `[..., in]` to `[..., out]`."""
         if self.in_features % _BLOCK or self.out_features % _BLOCK:
-            alike: Tensor = self.plain()(x)
-            return alike
+            return nn.functional.linear(x, self._values(), self.bias)
         rows = x.reshape(-1, self.in_features)
         product: Tensor = torch.ops.aten._weight_int8pack_mm(rows, self.weight, self.scale)
         product = product if self.bias is None else product + self.bias
@@ -54,9 +53,12 @@ class Int8Linear(nn.Module):
     def plain(self) -> nn.Linear:
         """Give an ordinary layer with the same rounded weights, in the dtype of the scales."""
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(self.weight.to(self.scale.dtype) * self.scale[:, None], requires_grad=False)
+        linear.weight = nn.Parameter(self._values(), requires_grad=False)
         linear.register_parameter("bias", self.bias)
         return linear
+
+    def _values(self) -> Tensor:
+        return self.weight.to(self.scale.dtype) * self.scale[:, None]
 
 
 @torch.no_grad()
