@@ -40,7 +40,8 @@ constexpr float NONE = -std::numeric_limits<float>::infinity();
 
 constexpr int64_t up_to(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
-// exp(x) for x <= 0 to within 2 units in the last place; below -87 it is 0.
+// exp(x) for x <= 0 to within 2 units in the last place where that is a normal number; below -87 it is
+// 0 or next to it.
 inline Vector exponential(Vector x) {
 #if defined(__AVX512F__)
   const Vector kept = reinterpret_cast<Vector>(_mm512_max_ps(_mm512_set1_ps(-150.0f), reinterpret_cast<__m512>(x)));
@@ -340,8 +341,9 @@ struct Seen {
   }
 };
 
-// Turn scores of rows with a block of keys into weights, exp(score - greatest), and what was summed up before to the new
-// greatest. A score that is not a number makes its weight and with it all sums of its row so. N rows are looked at together.
+// Turn scores of rows with a block of keys into weights, exp(score - greatest), and what was summed up before to the
+// new greatest. A score that is not a number makes its weight and with it all sums of its row so. N rows are looked at
+// together.
 template <int N>
 inline void weigh(const Part& part, const Item& item, const Shape& shape, const Block& block, float* scores,
                   float* weighted, float* sum, float* most) {

@@ -97,10 +97,6 @@ inline auto joined(V v, Join join) {
   return join(two, __builtin_shufflevector(two, two, 1, 0, 3, 2))[0];
 }
 
-inline bool any(Whole v) {
-  return joined(v, [](auto a, auto b) { return a | b; }) != 0;
-}
-
 // The same for each of N vectors. Of 16 each step joins halves of two, side by side.
 template <int N, typename Join>
 inline Vector joined_each(const Vector* v, Join join) {
