@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+import os
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -187,12 +189,57 @@ def test_a_package_that_gives_other_logits_is_not_kept(
     assert not subject.path(ONE).exists()
 
 
-def test_a_package_that_is_broken_is_removed_and_the_model_runs_without(gemma: HuggingFaceRunner) -> None:
+@pytest.mark.parametrize(
+    "breaks",
+    [
+        lambda folder: (folder / "pass.so").write_bytes(b"no library"),
+        lambda folder: os.truncate(folder / "pass.so", (folder / "pass.so").stat().st_size - 100),
+        lambda folder: (folder / "pass.so").unlink(),
+        lambda folder: (folder / "pass.json").write_text("{}"),
+        lambda folder: (folder / "sizes.json").write_text("[1]"),
+    ],
+)
+def test_a_package_that_is_broken_is_removed_and_the_model_runs_without(
+    gemma: HuggingFaceRunner, breaks: Callable[[Path], object]
+) -> None:
     runner = HuggingFaceRunner(tiny_model("qwen3", torch.float32))
-    runner.subject.path(ONE).write_bytes(b"PK no package")
+    folder = runner.subject.path(ONE)
+    shutil.copytree(gemma.subject.path(ONE), folder)
+    breaks(folder)
     assert not runner.use_compiled()
     assert runner.compiled == ["attention"]
-    assert not runner.subject.path(ONE).exists()
+    assert not folder.is_dir()
+
+
+def test_a_library_of_the_noted_size_that_is_none_is_removed_too(gemma: HuggingFaceRunner) -> None:
+    runner = HuggingFaceRunner(tiny_model("qwen3", torch.float32))
+    folder = runner.subject.path(ONE)
+    shutil.copytree(gemma.subject.path(ONE), folder)
+    library = folder / "pass.so"
+    library.write_bytes(bytes(library.stat().st_size))
+    assert not runner.use_compiled()
+    assert not folder.is_dir()
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="the system does not list what is mapped")
+def test_a_package_is_mapped_from_where_it_is(gemma: HuggingFaceRunner) -> None:
+    """A copy for each process filled the disk: most processes end without taking theirs away."""
+    assert str(gemma.subject.path(ONE) / "pass.so") in Path("/proc/self/maps").read_text()
+
+
+def test_clearing_takes_whole_packages_and_leaves_what_is_being_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    place = kernel.cache_folder()
+    for folder in ("setting-weights-one", "draft-1"):
+        (place / folder).mkdir(parents=True)
+        (place / folder / "pass.so").write_bytes(bytes(10))
+    (place / "attention-1.so").write_bytes(bytes(5))
+    done = CliRunner().invoke(app, ["compile", "--clear"])
+    assert done.exit_code == 0, done.output
+    assert "2 removed" in done.stdout
+    assert [path.name for path in place.iterdir()] == ["draft-1"]
 
 
 def test_the_command_compiles_and_the_next_start_uses_it(

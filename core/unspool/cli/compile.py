@@ -32,16 +32,14 @@ def compile_model(
     It takes minutes, once; from then on every start uses it. Results are the same up to rounding.
     """
     with reported(debug):
-        from unspool.huggingface import kernel
+        from unspool.huggingface import cache, kernel
 
         if clear:
-            found = [path for path in kernel.cache_folder().glob("*") if path.is_file()]
-            size = sum(path.stat().st_size for path in found)
+            found = cache.kept(kernel.cache_folder())
+            size = sum(cache.size(path) for path in found)
             for path in found:
-                path.unlink()
-            _tell(
-                [{"removed": str(path)} for path in found], f"{len(found)} files removed, {size / 1e6:.0f} MB", as_json
-            )
+                cache.remove(path)
+            _tell([{"removed": str(path)} for path in found], f"{len(found)} removed, {size / 1e6:.0f} MB", as_json)
             return
 
         from unspool.registry import Registry
@@ -60,7 +58,7 @@ def _compiled(settings: dict[str, Any], threads: int | None) -> list[dict[str, A
     import torch
     from rich.console import Console
 
-    from unspool.huggingface import kernel, package
+    from unspool.huggingface import cache, kernel, package
     from unspool.huggingface.load import load
 
     if threads:
@@ -68,13 +66,14 @@ def _compiled(settings: dict[str, Any], threads: int | None) -> list[dict[str, A
     console, made = Console(stderr=True), []
 
     def step(what: str, path: Path, make: Any) -> None:
-        start, known = time.monotonic(), path.is_file()
+        start, known = time.monotonic(), path.exists()
         with console.status(f"compiling {what} of {settings['name']}: this takes minutes, once"):
             make()
         seconds = 0.0 if known else time.monotonic() - start
         told = "was there" if known else f"{seconds:.0f} s"
-        console.print(f"{what}: {told}, {path.stat().st_size / 1e6:.0f} MB", highlight=False)
-        made.append({"what": what, "path": str(path), "seconds": round(seconds, 1), "bytes": path.stat().st_size})
+        size = cache.size(path)
+        console.print(f"{what}: {told}, {size / 1e6:.0f} MB", highlight=False)
+        made.append({"what": what, "path": str(path), "seconds": round(seconds, 1), "bytes": size})
 
     step("attention", kernel.path(), kernel.build)
     runner = load(**settings, quick=False).runner

@@ -1,8 +1,9 @@
 """Compiled passes: the model's own code as one graph of machine code, attention by the kernel, weights laid out for it.
 
 A *package* is what AOTInductor makes of the model for passes of so many tokens, with its weights frozen into it. It is
-made once for a machine, a model and a number of threads, takes a minute or more, and lies in the user's cache; loading
-it takes a second.
+made once for a machine, a model and a number of threads, takes a minute or more, and lies in the user's cache, as the
+library that it is: it is mapped from there, so loading it takes a fraction of a second, and all processes that run the
+model have one copy of it.
 
 Where the kernel multiplies by most weights of a model (`products.cpp`), there is a package for a single token and one
 for more. (A single row's products with bfloat16 weights are the compiler's: joined with what comes before and after,
@@ -21,6 +22,8 @@ import functools
 import hashlib
 import json
 import logging
+import shutil
+import zipfile
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -46,8 +49,10 @@ from unspool.huggingface.table import Table, TablePlan, attend_by_kernel
 from unspool.runner import Batch, Output, Span
 
 _log = logging.getLogger(__name__)
-_FORMAT = 4
+_FORMAT = 5
 """Raised when packages that were made before must not be used any more."""
+_STEM, _SUFFIXES, _SIZES = "pass", (".so", ".json"), "sizes.json"
+"""Its files: the library, what it says of the operators that it calls, and how large both are."""
 _OPTIONS = {
     "freezing": True,
     "max_autotune": True,
@@ -134,28 +139,33 @@ class Subject:
 
     def path(self, kind: Kind) -> Path:
         """Give where a package is, or would be."""
-        return kernel.cache_folder() / f"{self.name}-{kind.name}.pt2"
+        return kernel.cache_folder() / f"{self.name}-{kind.name}"
 
     def made(self) -> list[Kind]:
         """List the packages that are there. The weights are read only where others of their setting are."""
-        if not any(kernel.cache_folder().glob(f"{self.setting}-*.pt2")):
+        if not any(kernel.cache_folder().glob(f"{self.setting}-*")):
             return []
-        return [kind for kind in self.kinds if self.path(kind).is_file()]
+        return [kind for kind in self.kinds if self.path(kind).is_dir()]
 
 
 class Package:
     """A compiled pass, loaded.
 
     Args:
-        path: its file.
+        folder: where it is.
         subject: what it was made of.
         kind: which of its packages.
+
+    Raises:
+        OSError: it is not there, or not whole.
+        RuntimeError: it cannot be loaded.
     """
 
-    def __init__(self, path: Path, subject: Subject, kind: Kind) -> None:
+    def __init__(self, folder: Path, subject: Subject, kind: Kind) -> None:
         self.kind, self.name = kind, kind.name
-        compiled: Any = torch._inductor.aoti_load_package(str(path), run_single_threaded=True)
-        self._run, self._windows = compiled.loader.run, subject.windows
+        _check_whole(folder)
+        compiled = torch._C._aoti.AOTIModelContainerRunnerCpu(str(folder / f"{_STEM}.so"), 1)
+        self._run, self._windows = compiled.run, subject.windows
 
     def takes(self, batch: Batch) -> bool:
         """Say whether it can run a batch."""
@@ -180,7 +190,7 @@ def loaded(subject: Subject, kind: Kind) -> Package | None:
         return Package(subject.path(kind), subject, kind)
     except Exception as error:  # of torch, for a file that is broken
         _log.warning("the package %s cannot be loaded and is removed: %s", subject.path(kind), error)
-        subject.path(kind).unlink(missing_ok=True)
+        cache.remove(subject.path(kind))
         return None
 
 
@@ -231,7 +241,7 @@ def make(subject: Subject, kind: Kind) -> Path:
         ModelError: the compiler fails, with its words; or what it makes gives other logits than the model's own code.
     """
     made = subject.path(kind)
-    if made.is_file():
+    if made.is_dir():
         return made
     from torch._inductor import select_algorithm  # takes a second to import
 
@@ -253,15 +263,56 @@ def make(subject: Subject, kind: Kind) -> Path:
         with torch.no_grad(), cache.draft(made.parent) as draft:
             inputs, dynamic = _example(subject, kind)
             program = torch.export.export(_Pass(subject, dtype), inputs, dynamic_shapes=dynamic, strict=False)
-            path = draft / made.name
-            torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=dict(_OPTIONS))
-            _compare(Package(path, own, kind), own)
-            path.replace(made)  # whole or absent, whoever else makes it
+            archive, folder = draft / "package.pt2", draft / made.name
+            torch._inductor.aoti_compile_and_package(
+                program, package_path=str(archive), inductor_configs=dict(_OPTIONS)
+            )
+            _unpack(archive, folder)
+            _compare(Package(folder, own, kind), own)
+            _move(folder, made)
     except ModelError:
         raise
     except Exception as error:  # of any of three compilers
         raise ModelError(f"the model cannot be compiled: {type(error).__name__}: {error}") from error
     return made
+
+
+def _unpack(archive: Path, folder: Path) -> None:
+    """Take out of what the compiler made what is needed to run it, and note how large that is."""
+    folder.mkdir()
+    sizes = {}
+    with zipfile.ZipFile(archive) as entries:
+        (library,) = (entry for entry in entries.namelist() if entry.endswith(".so"))
+        for suffix in _SUFFIXES:
+            with (
+                entries.open(library.removesuffix(".so") + suffix) as source,
+                (folder / f"{_STEM}{suffix}").open("wb") as target,
+            ):
+                shutil.copyfileobj(source, target, 1 << 20)
+                sizes[suffix] = target.tell()
+    (folder / _SIZES).write_text(json.dumps(sizes))
+
+
+def _check_whole(folder: Path) -> None:
+    """See that no file is cut short: reading past the end of one that is mapped would end the process.
+
+    Raises:
+        OSError: one is, or is not there.
+    """
+    sizes = json.loads((folder / _SIZES).read_text())
+    for suffix in _SUFFIXES:
+        file = folder / f"{_STEM}{suffix}"
+        if file.stat().st_size != sizes.get(suffix):
+            raise OSError(f"{file.name} has {file.stat().st_size} bytes, not {sizes.get(suffix)}")
+
+
+def _move(folder: Path, made: Path) -> None:
+    """Put a package where it is looked for, whole, unless somebody else did so meanwhile."""
+    try:
+        folder.rename(made)
+    except OSError:
+        if not made.is_dir():
+            raise
 
 
 def _compare(package: Package, subject: Subject) -> None:

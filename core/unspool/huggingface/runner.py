@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from unspool.errors import ModelError
-from unspool.huggingface import attention, flex, kernel, memory, package, probe
+from unspool.huggingface import attention, cache, flex, kernel, memory, package, probe
 from unspool.huggingface import survey as surveys
 from unspool.huggingface.attention import Attends
 from unspool.huggingface.compiler import Compiler
@@ -159,7 +159,7 @@ class HuggingFaceRunner:
         self._kernel = kernel.available()
         subject = self.subject
         made = subject.made() if self._kernel else []
-        if sum(subject.path(kind).stat().st_size for kind in made) < self.free_bytes() // 2:
+        if sum(cache.size(subject.path(kind)) for kind in made) < self.free_bytes() // 2:
             self._made = [found for kind in made if (found := package.loaded(subject, kind))]
         return len(self._made) == len(subject.kinds)
 
