@@ -175,12 +175,11 @@ class Decider:
     def _to_host(
         self, step: Step, rows: Rows, growth: Growth, logits: Tensor, peak: Tensor
     ) -> tuple[Children, list[float]]:
-        """Check a growth and copy it to the host: one copy of integers, one of floats."""
+        """Check a growth and bring it to the host."""
         row, token, score, stream, waits = growth.row, growth.token, growth.score, growth.stream, growth.waits
         count = len(row)
         self._check_shapes(growth, count)
-        given = [values.to(torch.int64) for values in (stream, waits) if values is not None]
-        ints = torch.stack([row, token, *given]).to("cpu").tolist()
+        ints = _listed([row, token, *(values for values in (stream, waits) if values is not None)], torch.int64)
         for name, values, end in (("rows", ints[0], len(rows)), ("tokens", ints[1], self.group.vocab_size)):
             if values and not (0 <= min(values) and max(values) < end):
                 raise self._bad(f"{name} out of range: {min(values)} to {max(values)}, of {end}")
@@ -193,9 +192,7 @@ class Decider:
             floats.append(_logprob(logits, row, token))
         if self._wants_logprobs:
             floats.append(_logprob(step.raw.to(self.group.dtype), row, token))
-        flat = torch.cat([values.to(torch.float64) for values in floats]).to("cpu").tolist()
-        peaks, flat = flat[: len(rows)], flat[len(rows) :]
-        chosen, *pieces = [flat[i * count : (i + 1) * count] for i in range(len(floats) - 1)]
+        peaks, chosen, *pieces = _listed(floats, torch.float64)
         model_logprob = pieces.pop() if self._wants_logprobs else None
         logprob = pieces.pop() if self._logprobs else None
         scores: list[tuple[float, ...]] | None = None
@@ -363,6 +360,14 @@ def _keep(children: Children, which: Sequence[int]) -> None:
         values = getattr(children, name)
         if values is not None:
             setattr(children, name, [values[i] for i in which])
+
+
+def _listed(columns: Sequence[Tensor], dtype: torch.dtype) -> list[list[Any]]:
+    """Bring columns to the host: from a GPU in one copy, as `dtype`."""
+    if columns[0].device.type == "cpu":
+        return [values.tolist() for values in columns]
+    flat = torch.cat([values.to(dtype) for values in columns]).to("cpu")
+    return [values.tolist() for values in flat.split([len(values) for values in columns])]
 
 
 def _logprob(logits: Tensor, row: Tensor, token: Tensor) -> Tensor:

@@ -351,7 +351,7 @@ class Group:
         at = [index.get(node, -1) for node in nodes]
         if -1 not in at:
             if at and at[-1] - at[0] == len(at) - 1 and all(b - a == 1 for a, b in pairwise(at)):
-                return values[at[0] : at[0] + len(at)]
+                return values[at[0] : at[0] + len(at)] if len(at) < len(values) else values
             return values[torch.tensor(at, dtype=torch.int64, device=values.device)]
         rows = []
         for node, place in zip(nodes, at, strict=True):

@@ -177,11 +177,12 @@ class Package:
         wanted = batch.wanted if len(batch.wanted) else np.zeros(1, dtype=np.int64)
         if len(wanted) < fewest:  # a size of 1 would be another program
             wanted = np.resize(wanted, fewest)
-        tables = [plan.table(window) for window in self._windows]
-        integers = [_tensor(batch.token_ids)[None], _tensor(batch.positions)[None], _tensor(wanted)]
-        inputs = [*integers, *(part for table in tables for part in table), *pool.rows]
-        logits, *hidden = self._run(inputs)
-        return Output(logits[: len(batch.wanted)], {number: hidden[number % len(hidden)] for number in batch.hidden})
+        tables = [part for window in self._windows for part in plan.table(window)]
+        integers = [_tensor(array) for array in (batch.token_ids[None], batch.positions[None], wanted)]
+        logits, *hidden = self._run([*integers, *tables, *pool.rows])
+        if len(wanted) > len(batch.wanted):
+            logits = logits[: len(batch.wanted)]
+        return Output(logits, {number: hidden[number % len(hidden)] for number in batch.hidden})
 
 
 def loaded(subject: Subject, kind: Kind) -> Package | None:

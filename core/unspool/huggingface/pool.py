@@ -78,7 +78,7 @@ class Pool:
             group.row_values[at] for group, at in self.places
         ]
         """The keys of every layer, then the values of every layer, each `[1, kv heads, slots, width]`."""
-        self._spoilt = torch.zeros((), dtype=torch.bool, device=device)
+        self._spoilt: Tensor | bool = False
 
     @property
     def windows(self) -> list[int | None]:
@@ -87,7 +87,11 @@ class Pool:
 
     def look_at(self, logits: Tensor) -> None:
         """Note whether a row of a pass, `[m, vocab]`, is NaN: so may its keys and values be, wherever they lie."""
-        self._spoilt |= logits[:, 0].isnan().any()
+        first = logits[:, 0]
+        if self.device.type == "cpu":
+            self._spoilt = self._spoilt or any(map(math.isnan, first.tolist()))
+        else:  # nothing waits for it before somebody asks
+            self._spoilt = first.isnan().any() | self._spoilt
 
     @property
     def spoilt(self) -> bool:

@@ -13,7 +13,6 @@ once for all their tokens, and what follows it is each span's own part.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +26,8 @@ from unspool.runner import Batch, Span
 
 _WORTH_SHARING = 64
 """Slots that a common beginning must have to be read apart."""
+_HEAD = 6
+"""Numbers before the parts."""
 _NO_MASK = torch.zeros(2, dtype=torch.uint8)
 Stretches = list[tuple[int, int]]
 
@@ -82,14 +83,13 @@ def attend_by_kernel(call: Call, keys: Tensor, values: Tensor, table: Table) -> 
 
 
 class _Writer:
-    """Writes the table of one pass for layers of one window."""
+    """Writes the table of one pass for layers of one window, in lists: arrays as short as most of these cost more."""
 
     def __init__(self, pool: Pool, batch: Batch, window: int | None) -> None:
         self._pool, self._batch, self._window = pool, batch, window
-        self._parts: list[tuple[int, ...]] = []
-        self._rows: list[NDArray[np.int64]] = []
-        self._row_count = 0
-        self._stretches: Stretches = []
+        self._parts: list[int] = []
+        self._rows: list[int] = []
+        self._stretches: list[int] = []
         self._masks: list[NDArray[np.bool_]] = []
         self._mask_bytes = 0
 
@@ -103,16 +103,13 @@ class _Writer:
         for span in self._batch.spans:
             if span.mask is not None:
                 self._tree(span, span.mask)
-        numbers = [
-            np.array(list(chain.from_iterable(self._parts)), dtype=np.int64),
-            np.concatenate(self._rows).ravel(),
-            np.array(self._stretches, dtype=np.int64).ravel(),
-            self._batch.slots,
-        ]
-        places = np.cumsum([6, *map(len, numbers)])
-        head = [len(self._parts), *places[:4].tolist(), 0]
+        rows = _HEAD + len(self._parts)
+        places = rows, rows + len(self._rows), rows + len(self._rows) + len(self._stretches)
+        head = len(self._parts) // 6, _HEAD, *places, 0
+        slots = self._batch.slots.tolist()
+        numbers = np.array([*head, *self._parts, *self._rows, *self._stretches, *slots], dtype=np.int64)
         mask = torch.from_numpy(np.concatenate(self._masks).view(np.uint8)) if self._masks else _NO_MASK
-        return Table(torch.from_numpy(np.concatenate([head, *numbers])), mask if len(mask) > 1 else mask.repeat(2))
+        return Table(torch.from_numpy(numbers), mask if len(mask) > 1 else mask.repeat(2))
 
     def _shared(self, chains: Sequence[Span], contexts: Sequence[Stretches]) -> dict[int, int]:
         """Write a part for each beginning that several chains share, and give those: first slot -> length."""
@@ -126,17 +123,18 @@ class _Writer:
             # The first token of a chain must see all of it, and something must be left to each.
             length = min(min(contexts[i][0][1], chains[i].context_length - chains[i].count) for i in numbers)
             if len(numbers) > 1 and length >= _WORTH_SHARING:
-                spans = [chains[i] for i in numbers]
-                tokens = np.concatenate([np.arange(span.start, span.start + span.count) for span in spans])
-                self._part(tokens, 0, np.full(len(tokens), length), [(first, length)], length)
+                tokens = [token for i in numbers for token in _tokens(chains[i])]
+                self._part(len(tokens), [(first, length)], length)
+                for token in tokens:
+                    self._rows += (token, 0, length)
                 shared[first] = length
         return shared
 
     def _chain(self, span: Span, context: Stretches) -> None:
         length = sum(count for _, count in context)
-        high = np.arange(length - span.count + 1, length + 1)
-        low = 0 if self._window is None else np.maximum(high - self._window, 0)
-        self._part(np.arange(span.start, span.start + span.count), low, high, context, length)
+        self._part(span.count, context, length)
+        for token, end in zip(_tokens(span), range(length - span.count + 1, length + 1), strict=True):
+            self._rows += (token, 0 if self._window is None else max(end - self._window, 0), end)
 
     def _tree(self, span: Span, seen: NDArray[np.bool_]) -> None:
         context = span.context
@@ -147,27 +145,22 @@ class _Writer:
         if self._window is not None:
             own = self._batch.positions[span.start : span.start + span.count]
             seen = seen & (own[:, None] - self._pool.positions[context][None, :] < self._window)
-        tokens = np.arange(span.start, span.start + span.count)
         length = seen.shape[1]
-        self._part(tokens, 0, np.full(span.count, length), stretches(context), length, self._mask_bytes)
+        self._part(span.count, stretches(context), length, self._mask_bytes)
+        for token in _tokens(span):
+            self._rows += (token, 0, length)
         self._masks.append(np.ascontiguousarray(seen).ravel())
         self._mask_bytes += seen.size
 
-    def _part(
-        self,
-        tokens: NDArray[np.int64],
-        low: NDArray[np.int64] | int,
-        high: NDArray[np.int64],
-        context: Stretches,
-        length: int,
-        mask: int = -1,
-    ) -> None:
-        rows = np.empty((len(tokens), 3), dtype=np.int64)
-        rows[:, 0], rows[:, 1], rows[:, 2] = tokens, low, high
-        self._parts.append((self._row_count, len(tokens), len(self._stretches), len(context), length, mask))
-        self._rows.append(rows)
-        self._row_count += len(tokens)
-        self._stretches += context
+    def _part(self, rows: int, context: Stretches, length: int, mask: int = -1) -> None:
+        """Write a part. Its rows follow."""
+        self._parts += (len(self._rows) // 3, rows, len(self._stretches) // 2, len(context), length, mask)
+        for stretch in context:
+            self._stretches += stretch
+
+
+def _tokens(span: Span) -> range:
+    return range(span.start, span.start + span.count)
 
 
 def stretches(context: slice | NDArray[np.int64]) -> Stretches:
