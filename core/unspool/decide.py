@@ -367,7 +367,7 @@ def _listed(columns: Sequence[Tensor], dtype: torch.dtype) -> list[list[Any]]:
     if columns[0].device.type == "cpu":
         return [values.tolist() for values in columns]
     flat = torch.cat([values.to(dtype) for values in columns]).to("cpu")
-    return [values.tolist() for values in flat.split([len(values) for values in columns])]
+    return [values.tolist() for values in torch.split(flat, [len(values) for values in columns])]
 
 
 def _logprob(logits: Tensor, row: Tensor, token: Tensor) -> Tensor:
