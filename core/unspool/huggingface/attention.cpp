@@ -31,11 +31,12 @@ namespace {
 
 using namespace unspool;
 
-constexpr int BLOCK = 64;  // keys that are scored together
-constexpr int TILE = 96;   // query rows that share a block laid out once
-constexpr int FEW = 4;     // so many of fewer than 8 are looked at together
-constexpr int MR = 6;      // rows in a register tile
-constexpr int NV = W / 4;  // and vectors of columns
+constexpr int BLOCK = 64;   // keys that are scored together
+constexpr int TILE = 96;    // query rows that share a block laid out once
+constexpr int FEW = 4;      // so many of fewer than 8 are looked at together
+constexpr int MR = 6;       // rows in a register tile
+constexpr int NV = W / 4;   // and vectors of columns
+constexpr int DIRECT = 24;  // so many rows read values as they lie, widening them anew for each tile
 constexpr float NONE = -std::numeric_limits<float>::infinity();
 
 constexpr int64_t up_to(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
@@ -199,8 +200,9 @@ inline void score_few(const at::BFloat16* query, int64_t rows, int64_t width, co
 }
 
 // Lay a block of keys out: `turned[d][j]` is the pair of numbers 2d, 2d + 1 of key j.
-inline void turn(const at::BFloat16* keys, int64_t width, int64_t count, int32_t* turned) {
-  for (int64_t j = 0; j < BLOCK; j += W)
+inline void turn(const at::BFloat16* keys, int64_t width, int64_t count, Ahead<at::BFloat16>& ahead, int32_t* turned) {
+  for (int64_t j = 0; j < BLOCK; j += W) {
+    for (int64_t i = j; i < std::min(j + W, count); ++i) ahead.fetch();
     for (int64_t d = 0; d < width / 2; d += W) {
       __m512i v[W], w[W];
       for (int i = 0; i < W; ++i)
@@ -224,6 +226,7 @@ inline void turn(const at::BFloat16* keys, int64_t width, int64_t count, int32_t
         _mm512_storeu_si512(turned + (d + 8 + i) * BLOCK + j, _mm512_shuffle_i32x4(w[i], w[i + 8], 0xdd));
       }
     }
+  }
 }
 
 // The scores of M rows with 16 V keys that are laid out.
@@ -249,20 +252,21 @@ inline void tile_of_pairs(const at::BFloat16* query, int64_t width, const int32_
 
 inline void score_many(const at::BFloat16* query, int64_t rows, int64_t width, const int32_t* turned, int64_t count,
                        float scaling, float* scores) {
-  auto strips = [&](auto tiles, auto tile, int64_t j) {
+  auto strips = [&](auto tiles, auto three, auto tile, int64_t j) {
     int64_t r = 0;
     for (; r + MR <= rows; r += MR) tiles(query + r * width, width, turned + j, scaling, scores + r * BLOCK + j);
+    for (; r + 3 <= rows; r += 3) three(query + r * width, width, turned + j, scaling, scores + r * BLOCK + j);
     for (; r < rows; ++r) tile(query + r * width, width, turned + j, scaling, scores + r * BLOCK + j);
   };
   if (count + W > BLOCK)
-    strips(tile_of_pairs<MR, BLOCK / W>, tile_of_pairs<1, BLOCK / W>, 0);
+    strips(tile_of_pairs<MR, BLOCK / W>, tile_of_pairs<3, BLOCK / W>, tile_of_pairs<1, BLOCK / W>, 0);
   else
-    for (int64_t j = 0; j < count; j += W) strips(tile_of_pairs<MR, 1>, tile_of_pairs<1, 1>, j);
+    for (int64_t j = 0; j < count; j += W) strips(tile_of_pairs<MR, 1>, tile_of_pairs<3, 1>, tile_of_pairs<1, 1>, j);
 }
 #else
 inline void score_few(const at::BFloat16*, int64_t, int64_t, const at::BFloat16*, int64_t, float, Ahead<at::BFloat16>&,
                       float*) {}
-inline void turn(const at::BFloat16*, int64_t, int64_t, int32_t*) {}
+inline void turn(const at::BFloat16*, int64_t, int64_t, Ahead<at::BFloat16>&, int32_t*) {}
 inline void score_many(const at::BFloat16*, int64_t, int64_t, const int32_t*, int64_t, float, float*) {}
 #endif
 
@@ -448,7 +452,7 @@ void run(const Item& item, const Part& part, const Shape& shape, const at::Tenso
         if (few) {
           score_few(buffers.halves.data(), rows, D, key, count, shape.scaling, next_keys, scores);
         } else {
-          turn(key, D, count, buffers.pairs.data());
+          turn(key, D, count, next_keys, buffers.pairs.data());
           score_many(buffers.halves.data(), rows, D, buffers.pairs.data(), count, shape.scaling, scores);
         }
       }
@@ -456,8 +460,10 @@ void run(const Item& item, const Part& part, const Shape& shape, const at::Tenso
       score<P>(q, rows, D, key, count, next_keys, scores);
     } else {
       float* turned = buffers.keys.data();
-      for (int64_t j = 0; j < count; ++j)
+      for (int64_t j = 0; j < count; ++j) {
+        next_keys.fetch();
         for (int64_t d = 0; d < D; ++d) turned[d * BLOCK + j] = Element<P>::one(key + j * D + d);
+      }
       for (int64_t j = count; j < BLOCK; ++j)
         for (int64_t d = 0; d < D; ++d) turned[d * BLOCK + j] = 0;
       std::fill(scores, scores + rows * BLOCK, 0.0f);
@@ -467,12 +473,15 @@ void run(const Item& item, const Part& part, const Shape& shape, const at::Tenso
       weigh<FEW>(part, item, shape, block, scores, weighted, sums, most);
     else
       weigh<W>(part, item, shape, block, scores, weighted, sums, most);
-    if (few || sizeof(P) == sizeof(float)) {
+    if (rows <= DIRECT || sizeof(P) == sizeof(float)) {
       multiply<P>(scores, BLOCK, value, E, weighted, E, rows, E, count, &next_values);
     } else {
       float* wide = buffers.values.data();
       int64_t i = 0;
-      for (; i + W <= count * E; i += W) *reinterpret_cast<Loose*>(wide + i) = Element<P>::load(value + i);
+      for (; i + W <= count * E; i += W) {
+        if (i % E < W) next_values.fetch();
+        *reinterpret_cast<Loose*>(wide + i) = Element<P>::load(value + i);
+      }
       for (; i < count * E; ++i) wide[i] = Element<P>::one(value + i);
       multiply<float>(scores, BLOCK, wide, E, weighted, E, rows, E, count);
     }

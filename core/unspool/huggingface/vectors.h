@@ -70,9 +70,13 @@ struct Element<c10::BFloat16> {
 template <>
 struct Element<c10::Half> {
   static Vector load(const c10::Half* p) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<Vector>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#else
     Vector out;
     for (int i = 0; i < W; ++i) out[i] = static_cast<float>(p[i]);
     return out;
+#endif
   }
   static float one(const c10::Half* p) { return static_cast<float>(*p); }
   static void store(c10::Half* p, Vector v) {
