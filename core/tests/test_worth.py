@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,10 +39,13 @@ def test_what_is_known_of_a_size_is_its_time_and_between_sizes_it_rises() -> Non
     assert between == sorted(between)
 
 
-def test_of_an_unknown_size_the_best_is_thought() -> None:
+def test_a_size_that_is_unknown_is_thought_to_take_what_will_have_it_tried() -> None:
+    """In a known band half of what its tokens are more, beyond it nothing at first, and then what they are."""
     pace = learnt({4: 0.04})
-    assert estimate(pace, 1, 2, 4, 8, 16, 32) == pytest.approx([0.02, 0.04, 0.04, 0.04, 0.04 * 16 / 6, 0.04 * 32 / 6])
-    assert estimate(Pace(), 1, 100) == [1.0, 1.0]
+    assert estimate(pace, 2, 4, 8) == pytest.approx([0.03, 0.04, 0.06])
+    assert estimate(pace, 1, 16, 32) == pytest.approx([0.015, 0.04 * 16 / 6, 0.04 * 32 / 6])
+    assert estimate(Pace(), 1, 3, 30) == [1.0, 1.0, 10.0]
+    assert estimate(Pace(), 32, 40, 80) == [1.0, 1.0, 2.0], "of no size at all too"
 
 
 def test_a_pass_of_nothing_takes_what_a_token_does() -> None:
@@ -243,7 +247,7 @@ def test_who_thinks_in_vain_for_longer_than_it_saves_is_asked_now_and_then(
 
 def test_beside_prompts_a_draft_costs_what_each_of_their_tokens_does() -> None:
     """A pass of 512 tokens takes 500 ms, eight branches alone 16: a token of theirs is worth two of a prompt's."""
-    worth, plan = Worth(), Plan(ready=[SimpleNamespace(branches=range(8))], tokens=8)  # type: ignore[list-item]
+    worth, plan = Worth(), Plan(ready=[SimpleNamespace(branches=range(8), order=0)], tokens=8)  # type: ignore[list-item]
     for tokens, prompts, seconds in ((8, 0, 0.016), (512, 504, 0.5)) * 10:
         plan.tokens, plan.prompts = tokens, prompts
         worth.begin(plan, [])
@@ -254,10 +258,67 @@ def test_beside_prompts_a_draft_costs_what_each_of_their_tokens_does() -> None:
 
 def test_beside_a_short_prompt_a_draft_costs_what_a_longer_pass_does() -> None:
     """A pass of 8 tokens takes no longer than one of 2: nor does one of 8 of which one is of a prompt."""
-    worth, plan = Worth(), Plan(ready=[SimpleNamespace(branches=range(1))])  # type: ignore[list-item]
+    worth, plan = Worth(), Plan(ready=[SimpleNamespace(branches=range(1), order=0)])  # type: ignore[list-item]
     for plan.tokens in (2, 8) * 10:
         worth.begin(plan, [])
         worth.learn(plan, 0.0, 0.01)
     plan.tokens, plan.prompts = 3, 1
     worth.begin(plan, [])
     assert worth.least == LEAST
+
+
+@pytest.mark.usefixtures("clock")
+def test_before_anything_is_known_a_large_batch_is_not_flooded_with_guesses() -> None:
+    """Thirty-two rows with four guesses each were passes of 160 tokens, three times, before their time was known."""
+    _, wrong = hopeful((1, 1, 1, 1), 0.5)
+    sizes = []
+
+    class Counting(Linear):
+        def forward(self, batch: Batch) -> Output:
+            sizes.append(len(batch.token_ids))
+            return super().forward(batch)
+
+    asked = [request(wrong, (2,), max_new_tokens=8, end_ids=(), seed=seed) for seed in range(32)]
+    drive(Counting(4, table=SAME), asked)
+    assert max(sizes) <= 32 + 32 // 4
+
+
+def test_the_likeliest_of_many_are_believed_as_far_as_they_came_true() -> None:
+    """A draft takes a tenth of a step of four, so it pays where two in five come true. All seem to, and none does."""
+
+    def draft() -> SimpleNamespace:
+        live = SimpleNamespace(record=Record(keep=0.99, fade=0.99), counts=SimpleNamespace(note_draft=lambda *_: None))
+        what = {"runs": True, "held": False, "chosen": False, "gained": False, "confidence": 0.9, "chance": 0.9}
+        return SimpleNamespace(live=live, plugin=None, base=0, parent=0, **what)
+
+    worth, plan = Worth(), Plan(ready=[SimpleNamespace(branches=range(4), order=0)], tokens=4)  # type: ignore[list-item]
+    kept = []
+    for _ in range(100):
+        drafts = {1: draft(), 2: draft()}
+        group: Any = SimpleNamespace(lives=(), drafts=drafts, tree=SimpleNamespace(length=[0] * 3), forget=drafts.pop)
+        worth.begin(plan, [group])
+        worth.keep_the_best()
+        kept.append(len(drafts))
+        worth.learn(plan, 0.0, 0.01 * (1 + 0.1 * len(drafts)))
+        worth._trials.clear()
+    assert kept[0] == 2
+    assert sum(kept[20:]) <= 80 / 4, "now and then, to see whether that is still so"
+
+
+def test_other_requests_are_tried_however_the_last_ones_lost() -> None:
+    trial = Trial(rest=64, next_rest=128)
+    trial.renew(1 / 8)
+    assert (trial.rest, trial.next_rest) == (56, 112), "of eight requests one is new"
+    trial.renew(1)
+    assert (trial.rest, trial.next_rest) == (0, TRIAL)
+
+
+def test_a_new_request_ends_a_rest_and_one_that_goes_on_does_not() -> None:
+    worth, live = Worth(), SimpleNamespace(branches=range(1), order=0)
+    worth.begin(Plan(ready=[live], tokens=1), [])  # type: ignore[list-item]
+    worth._trials[1] = Trial(rest=64)
+    worth.begin(Plan(ready=[live], tokens=1), [])  # type: ignore[list-item]
+    assert worth.rests and worth._trials[1].rest == 63
+    live.order = 1
+    worth.begin(Plan(ready=[live], tokens=1), [])  # type: ignore[list-item]
+    assert not worth.rests

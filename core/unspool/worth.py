@@ -36,6 +36,8 @@ KEEP = 0.98
 """What a pass counts after the next one of its band."""
 FOLLOW, STARTLED = 0.1, 0.3
 """How much of an unexpected time (in logarithms) is put down to the machine, and how much of it is believed at most."""
+DOUBT = 4.0
+"""Squares of tokens apart that passes must have been before a slope which they show is believed as much as a guess."""
 FORGET = 1024
 """Passes after which a band that did not come again is unknown."""
 MARGIN = 0.02
@@ -44,6 +46,8 @@ AHEAD, LEAST = 64, 0.02
 """Of so many drafts that could be hung in a step the cheapest row is looked for. No draft is worth less of a token."""
 TRIAL, MOST_REST = 16, 256
 """Steps after which it is asked whether drafts have paid, and the most for which they rest where they have not."""
+TRUST, PRIOR = 0.99, 16.0
+"""What a draft counts a step later when it is asked how many come true, and for how many this is believed at first."""
 LEVELS = 8
 """How finely confidences are told apart: by the halvings of what is missing to certainty."""
 
@@ -63,6 +67,11 @@ class Pace:
         self._last: dict[int, int] = {}
         self._passes = 0
 
+    @property
+    def known(self) -> list[int]:
+        """List the bands of which something is known."""
+        return sorted(band for band, line in self._lines.items() if line.seen > 1)
+
     def observe(self, tokens: int, seconds: float) -> None:
         """Learn from a pass."""
         tokens = max(tokens, 1)  # there may be none: all that is read has run already
@@ -81,11 +90,10 @@ class Pace:
             del self._lines[other], self._last[other]
 
     def seconds(self, tokens: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Estimate the seconds of passes over so many tokens, ascending: `[n]` to `[n]`; 1 while nothing is known."""
-        known = sorted(band for band, line in self._lines.items() if line.seen > 1)
+        """Estimate the seconds of passes over so many tokens, ascending: `[n]` to `[n]`. Unknown ones take 1."""
+        known, tokens = self.known, np.maximum(tokens, 1)
         if not known:
-            return np.ones(len(tokens))
-        tokens = np.maximum(tokens, 1)
+            return np.maximum(1.0, tokens / _free(float(tokens[0])))
         bands = np.searchsorted(ALIKE, tokens)
         times = np.empty(len(tokens))
         for band in np.unique(bands).tolist():
@@ -98,16 +106,25 @@ class Pace:
             elif known[at] == band:
                 times[those] = line.at(tokens[those])
             else:
-                free = line.middle + max(2.0, line.middle / 4)
-                times[those] = line.at(line.middle) * np.maximum(1.0, tokens[those] / free)
+                times[those] = line.at(line.middle) * np.maximum(1.0, tokens[those] / _free(line.middle))
         result: NDArray[np.float64] = np.maximum.accumulate(times) * math.exp(self._level)
         return result
+
+
+def _free(tokens: float) -> float:
+    """Say up to how many tokens a pass is thought to take what one of `tokens` does, where nothing is known of it."""
+    return tokens + max(2.0, tokens / 4)
+
+
+UNKNOWN = Pace()
+"""Of a lane that has not run."""
 
 
 class Line:
     """How time grows with tokens in a band: the straight line through what was seen there that is nearest to it.
 
-    It neither falls nor rises faster than in proportion. `[n]` is a shape.
+    It neither falls nor rises faster than in proportion, and is thought to rise half as fast before passes of several
+    sizes were seen. `[n]` is a shape.
     """
 
     def __init__(self) -> None:
@@ -129,9 +146,9 @@ class Line:
     def at(self, tokens: Any) -> Any:
         """Give the time at so many tokens: a number, or `[n]`."""
         x, y = self.middle, self._y / self._weight
-        spread = self._xx - self._x * x + 0.5  # half a token, once, so that noise at one size is no slope
-        slope = min(max((self._xy - self._x * y) / spread, 0.0), y / x)
-        return y + slope * (tokens - x)
+        steepest = y / x
+        slope = (self._xy - self._x * y + DOUBT * steepest / 2) / (self._xx - self._x * x + DOUBT)
+        return y + min(max(slope, 0.0), steepest) * (tokens - x)
 
 
 @dataclass(eq=False)
@@ -167,7 +184,8 @@ class Record:
 class Trial:
     """Whether drafts have paid of late: what they saved, less what they and looking for them took.
 
-    After a trial that they lost they rest, twice as long after each that they lose again.
+    After a trial that they lost they rest, twice as long after each that they lose again; and less by the share of
+    requests that came since, whose texts may be others.
     """
 
     saved: float = 0.0
@@ -175,6 +193,11 @@ class Trial:
     rest: int = 0
     """Steps for which they rest from now on."""
     next_rest: int = TRIAL
+
+    def renew(self, share: float) -> None:
+        """Take less account of what was lost: `share` of the requests, of 1, have not been tried."""
+        self.rest = int(self.rest * (1 - share))
+        self.next_rest = max(TRIAL, int(self.next_rest * (1 - share)))
 
     def note(self, saved: float) -> None:
         """Take down the seconds that a step of it saved; they are negative if it was in vain."""
@@ -196,7 +219,11 @@ class Worth:
         self._pace: dict[Lane | None, Pace] = {}
         """Of whole steps (None), and of the passes of companions that are asked."""
         self._record = Record(keep=0.998, fade=0.9998)
+        self._hoped = self._came = 0.0
+        """Sums of the chances of drafts that were run of late, and how many of those were right."""
         self._branches = self._tokens = self._prompts = 0
+        self._latest = -1
+        """The last request that was seen."""
         self._groups: Sequence[Group] = ()
         self._spent = 0.0
         self.least = LEAST
@@ -217,6 +244,9 @@ class Worth:
         self._tokens, self._prompts = plan.tokens, plan.prompts
         self._groups, self._spent = groups, 0.0
         trial = self._trial
+        if fresh := sum(live.order > self._latest for live in plan.ready):
+            trial.renew(fresh / len(plan.ready))
+            self._latest = max(live.order for live in plan.ready)
         if trial.rest:
             trial.rest -= 1
             self.least = math.inf
@@ -230,7 +260,7 @@ class Worth:
         if not uncertain:
             return
         uncertain.sort(key=lambda one: (-one[0], one[1].tree.length[one[2]]))  # so none stands before its parent
-        chances = np.cumsum([0.0, *(chance for chance, _, _ in uncertain)])
+        chances = self._trust * np.cumsum([0.0, *(chance for chance, _, _ in uncertain)])
         rate = (self._branches + chances) / (self._step_seconds(self._fixed() + np.arange(len(chances))) + self._spent)
         best = int(rate.argmax())
         for _, group, node in reversed(uncertain[best if rate[best] > (1 + MARGIN) * rate[0] else 0 :]):
@@ -262,8 +292,8 @@ class Worth:
         before, after = self._step_seconds(np.array([there, there + len(more)])) + self._spent
         if lane is not None:
             after += float(self._seconds(lane, np.array([len(more)]))[0])
-        tokens = self._branches + sum(chances.values())
-        return bool((tokens + sum(more)) / after > tokens / before)
+        tokens = self._branches + self._trust * sum(chances.values())
+        return bool((tokens + self._trust * sum(more)) / after > tokens / before)
 
     def asked(self, lane: Lane, tokens: int, seconds: float) -> None:
         """Learn from a pass of a companion that was asked."""
@@ -279,6 +309,7 @@ class Worth:
             seconds: of the pass, and of all that came after it.
         """
         self._record.age()
+        self._hoped, self._came = TRUST * self._hoped, TRUST * self._came
         guesses = gained = 0
         for group in self._groups:
             for live in group.lives:
@@ -289,6 +320,8 @@ class Worth:
                     draft.live.counts.note_draft(_name(draft), depth, draft.chosen)
                 guesses += draft.runs and not draft.held
                 gained += draft.gained and draft.confidence is not None
+                if draft.runs and draft.confidence is not None:
+                    self._hoped, self._came = self._hoped + draft.chance, self._came + draft.gained
                 if draft.runs and draft.confidence is not None and self._was_reached(group, draft):
                     key = _key(_name(draft), draft.confidence)
                     for record in (self._record, draft.live.record):
@@ -296,9 +329,9 @@ class Worth:
         if self._branches and (not plan.prompts or plan.tokens > ALIKE[-1]):
             self._pace.setdefault(None, Pace()).observe(self._tokens + guesses, seconds)
         if self._branches and not self.rests:
-            fixed = self._fixed()
-            without, with_them = self._step_seconds(np.array([fixed, guesses]))
-            self._trial.note(gained * without / self._branches - (with_them - without) - drafting)
+            without, with_them = self._step_seconds(np.array([self._fixed(), guesses]))
+            saved = gained * without / self._branches - (with_them - without) - drafting
+            self._trial.note(saved if self._pace.get(None, UNKNOWN).known else 0.0)  # else these are no seconds
         self._groups = ()
 
     def _was_reached(self, group: Group, draft: Draft) -> bool:
@@ -306,8 +339,8 @@ class Worth:
         return parent is None or parent.gained
 
     def _seconds(self, lane: Lane | None, tokens: NDArray[np.int64]) -> NDArray[np.float64]:
-        pace = self._pace.get(lane)
-        return pace.seconds(tokens) if pace else np.full(len(tokens), 0.0 if lane else 1.0)
+        pace = self._pace.get(lane, UNKNOWN)
+        return np.zeros(len(tokens)) if lane and not pace.known else pace.seconds(tokens)
 
     def _step_seconds(self, drafts: NDArray[np.int64]) -> NDArray[np.float64]:
         """Estimate the seconds of this step with so many drafts, ascending: `[n]` to `[n]`.
@@ -315,13 +348,20 @@ class Worth:
         Prompts that run in it take what they take, and are not counted; but a draft beside long ones costs what each of
         their tokens does.
         """
-        seconds = self._seconds(None, self._tokens + drafts)
+        tokens = self._tokens + drafts
         if not self._prompts:
-            return seconds
-        alone, whole = self._seconds(None, np.array([max(self._tokens - self._prompts, 1), self._tokens]))
+            return self._seconds(None, tokens)
+        before = max(self._tokens - self._prompts, 1), self._tokens
+        estimates = self._seconds(None, np.concatenate([before, tokens]))
+        (alone, whole), seconds = estimates[:2], estimates[2:]
         long = self._tokens > ALIKE[-1]
         result: NDArray[np.float64] = alone + (drafts * whole / self._tokens if long else seconds - whole)
         return result
+
+    @property
+    def _trust(self) -> float:
+        """Say what of the chances comes true: the likeliest of many are rarely as likely as they seem."""
+        return min(1.0, (self._came + PRIOR) / (self._hoped + PRIOR))
 
     @property
     def _trial(self) -> Trial:
