@@ -8,10 +8,11 @@ template. All sides take turns at the same prompts, so that a change of the mach
 that of two sides' tokens a second; the figure is the median of the rounds, with a 95 % interval by bootstrap.
 transformers' `prompt_lookup_num_tokens` takes one prompt at a time, so it is compared at batch 1 alone; there our speed
 after the first token is told too. Of larger batches most of the time is the prompts, so each round is decoded once more
-on an engine that has kept them: "prompts kept". `suffix` remembers nothing from one prompt to the next, but for the
-side that `--again` adds: there each prompt has been answered before. In float32 our texts must be the same with drafts
-and without, and those that are not are counted. In bfloat16 some differ, and end sooner or later: with `--full` all go
-on to `--new` tokens.
+on an engine that has kept them: "prompts kept". The last of a round's texts ends alone, however much sooner the others
+did; so we tell how much sooner a text ends on average too, and decode the prompts of all rounds as one queue, so many at
+a time. `suffix` remembers nothing from one prompt to the next, but for the side that `--again` adds: there each prompt
+has been answered before. In float32 our texts must be the same with drafts and without, and those that are not are
+counted. In bfloat16 some differ, and end sooner or later: with `--full` all go on to `--new` tokens.
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ class Said:
     """Seconds to the first token."""
     passes: int = 0
     accepted: int = 0
+    each: float = 0.0
+    """Seconds to the end of a text, on average."""
 
     @property
     def tokens(self) -> int:
@@ -71,11 +74,17 @@ def prompts_of(folder: Path, count: int) -> list[str]:
 
 
 class Ours:
-    """The engine, with the model loaded."""
+    """The engine, with the model loaded.
 
-    def __init__(self, options: argparse.Namespace, *, keeps: bool = False) -> None:
-        dtype, device = options.dtype, options.device
-        self.engine = unspool.Engine.load("smollm2", dtype=dtype, device=device, prefix_cache=keeps)
+    Args:
+        options: of the command.
+        keeps: keep prompts.
+        at_once: most requests that run at a time.
+    """
+
+    def __init__(self, options: argparse.Namespace, *, keeps: bool = False, at_once: int | None = None) -> None:
+        settings: dict[str, Any] = {"prefix_cache": keeps, "max_running": at_once}
+        self.engine = unspool.Engine.load("smollm2", dtype=options.dtype, device=options.device, **settings)
         self._new, self._full = options.new, options.full
 
     def say(self, prompts: Sequence[str], drafters: Sequence[str], new: int | None = None) -> Said:
@@ -101,6 +110,7 @@ class Ours:
             min(each.first_token_s for each in stats),
             sum(each.forward_passes for each in stats),
             sum(each.accepted for each in stats),
+            statistics.mean(each.total_s for each in stats),
         )
 
 
@@ -137,6 +147,7 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
     if options.again:
         sides[AGAIN] = [AGAIN]
     kept = {batch: decoded(options, batch, sides) for batch in options.batches if batch > 1}
+    nothing: tuple[list[dict[str, Said]], list[dict[str, Said]]] = [], []
     ours = Ours(options)
     theirs = Theirs(options.dtype, options.device, options.new, ours.engine.tokenizer)
     rows = []
@@ -149,22 +160,30 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
                 turns[THEIRS] = theirs.say(round_[0], None)
                 turns[THEIR_LOOKUP] = theirs.say(round_[0], options.lookup)
             said.append(turns)
-        rows += [row_of(batch, name, said, kept.get(batch, [])) for name in said[0]]
+        rows += [row_of(batch, name, said, *kept.get(batch, nothing)) for name in said[0]]
         unequal = sum(turns[name].texts != turns[PLAIN].texts for turns in said for name in sides)
         print(f"batch {batch}: {len(said)} rounds, {unequal} of our texts differ from the plain ones", flush=True)
     return rows
 
 
-def decoded(options: argparse.Namespace, batch: int, sides: dict[str, list[str]]) -> list[dict[str, Said]]:
-    """Let all sides take turns where prompts were kept, on an engine alone: threads of two are in each other's way."""
-    ours = Ours(options, keeps=True)
+def decoded(
+    options: argparse.Namespace, batch: int, sides: dict[str, list[str]]
+) -> tuple[list[dict[str, Said]], list[dict[str, Said]]]:
+    """Let all sides take turns where prompts were kept, on an engine alone: threads of two are in each other's way.
+
+    Returns:
+        What came of each round, and as often of all rounds as one queue.
+    """
+    ours = Ours(options, keeps=True, at_once=batch)
     warm(ours, batch, sides)
-    said = []
-    for round_ in rounds_of(options, batch):
+    rounds, said = rounds_of(options, batch), []
+    for round_ in rounds:
         ours.say(round_, [], new=1)
         said.append(in_turn(ours, round_, sides))
+    queue = [prompt for round_ in rounds for prompt in round_]
+    queued = [in_turn(ours, queue, sides) for _ in rounds]
     ours.engine.close()
-    return said
+    return said, queued
 
 
 def in_turn(ours: Ours, prompts: Sequence[str], sides: dict[str, list[str]]) -> dict[str, Said]:
@@ -189,7 +208,13 @@ def warm(ours: Ours, batch: int, sides: dict[str, list[str]]) -> None:
         ours.say(["Count to one hundred."] * batch, drafters)
 
 
-def row_of(batch: int, name: str, said: Sequence[dict[str, Said]], kept: Sequence[dict[str, Said]]) -> dict[str, Any]:
+def row_of(
+    batch: int,
+    name: str,
+    said: Sequence[dict[str, Said]],
+    kept: Sequence[dict[str, Said]],
+    queued: Sequence[dict[str, Said]],
+) -> dict[str, Any]:
     """Sum up one side, and print it."""
     own = [turns[name] for turns in said]
     row: dict[str, Any] = {"batch": batch, "side": name}
@@ -204,11 +229,15 @@ def row_of(batch: int, name: str, said: Sequence[dict[str, Said]], kept: Sequenc
         row["after the first token"] = round(statistics.median(_pace(each) for each in own), 2)
         paces = [_pace(a) / _pace(b) for a, b in zip(own, plain, strict=True)]
         row["/ plain, after the first token"] = [round(value, 2) for value in interval(paces)]
-    if kept:
-        row["tok/s, prompts kept"] = round(statistics.median(_speed(turns[name]) for turns in kept), 2)
-        if name != PLAIN:
-            ratios = [_speed(turns[name]) / _speed(turns[PLAIN]) for turns in kept]
-            row["/ plain, prompts kept"] = [round(value, 2) for value in interval(ratios)]
+    for how, turns_there in (("prompts kept", kept), ("a queue of them", queued)):
+        if turns_there:
+            row[f"tok/s, {how}"] = round(statistics.median(_speed(turns[name]) for turns in turns_there), 2)
+        if turns_there and name != PLAIN:
+            ratios = [_speed(turns[name]) / _speed(turns[PLAIN]) for turns in turns_there]
+            row[f"/ plain, {how}"] = [round(value, 2) for value in interval(ratios)]
+    if kept and name != PLAIN:
+        ratios = [turns[PLAIN].each / turns[name].each for turns in kept]
+        row["times as soon ends a text, prompts kept"] = [round(value, 2) for value in interval(ratios)]
     if passes := sum(each.passes for each in own):
         row["tokens a pass"] = round(sum(each.tokens for each in own) / passes, 2)
         row["accepted"] = sum(each.accepted for each in own)

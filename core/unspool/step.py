@@ -371,7 +371,11 @@ class Step:
         return self.group.companion(name, list(self._rows.node) if nodes is None else _list(nodes))
 
     def _ints(self, values: Sequence[Any]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.group.device)
+        return _ints(values, self.group.device)
+
+
+def _ints(values: Sequence[Any], device: torch.device) -> Tensor:
+    return torch.from_numpy(np.array(values, dtype=np.int64)).to(device)  # sooner than by torch alone
 
 
 def padded(paths: Sequence[np.ndarray[Any, Any]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -380,7 +384,7 @@ def padded(paths: Sequence[np.ndarray[Any, Any]], device: torch.device) -> tuple
     ids = np.zeros((len(paths), max(lengths, default=0)), dtype=np.int64)
     for row, path, length in zip(ids, paths, lengths, strict=True):
         row[:length] = path
-    return torch.from_numpy(ids).to(device), torch.tensor(lengths, dtype=torch.int64, device=device)
+    return torch.from_numpy(ids).to(device), _ints(lengths, device)
 
 
 def _list(values: Tensor | Sequence[int]) -> list[int]:

@@ -18,6 +18,7 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -94,19 +95,20 @@ class Pace:
         known, tokens = self.known, np.maximum(tokens, 1)
         if not known:
             return np.maximum(1.0, tokens / _free(float(tokens[0])))
-        bands = np.searchsorted(ALIKE, tokens)
         times = np.empty(len(tokens))
-        for band in np.unique(bands).tolist():
-            those = bands == band
-            at = bisect_right(known, band) - 1
+        ends = [*np.searchsorted(tokens, ALIKE, side="right").tolist(), len(tokens)]
+        for band, (begin, end) in enumerate(pairwise([0, *ends])):
+            if begin == end:
+                continue
+            own, at = tokens[begin:end], bisect_right(known, band) - 1
             line = self._lines[known[max(at, 0)]]
             if at < 0:
                 first = ALIKE[known[0] - 1] + 1
-                times[those] = line.at(first) * tokens[those] / first
+                times[begin:end] = line.at(first) * own / first
             elif known[at] == band:
-                times[those] = line.at(tokens[those])
+                times[begin:end] = line.at(own)
             else:
-                times[those] = line.at(line.middle) * np.maximum(1.0, tokens[those] / _free(line.middle))
+                times[begin:end] = line.at(line.middle) * np.maximum(1.0, own / _free(line.middle))
         result: NDArray[np.float64] = np.maximum.accumulate(times) * math.exp(self._level)
         return result
 
