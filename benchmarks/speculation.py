@@ -9,8 +9,8 @@ that of two sides' tokens a second; the figure is the median of the rounds, with
 transformers' `prompt_lookup_num_tokens` takes one prompt at a time, so it is compared at batch 1 alone; there our speed
 after the first token is told too. Of larger batches most of the time is the prompts, so each round is decoded once more
 on an engine that has kept them: "prompts kept". The last of a round's texts ends alone, however much sooner the others
-did; so we tell how much sooner a text ends on average too, and decode the prompts of all rounds as one queue, so many at
-a time. `suffix` remembers nothing from one prompt to the next, but for the side that `--again` adds: there each prompt
+did; so we tell how much sooner a text ends on average too, and decode the prompts of all rounds as one queue, so many
+at a time. `suffix` remembers nothing from one prompt to the next, but for the side that `--again` adds: there each prompt
 has been answered before. In float32 our texts must be the same with drafts and without, and those that are not are
 counted. In bfloat16 some differ, and end sooner or later: with `--full` all go on to `--new` tokens.
 """
