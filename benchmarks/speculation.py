@@ -4,13 +4,13 @@
                                      [--drafters prompt_lookup,suffix] [--again] [--full] [--data FOLDER] [--json OUT]
 
 Prompts of Spec-Bench (summarisation and retrieval), greedy, up to `--new` tokens each, in chats of the model's own
-template. All sides take turns at the same prompts, so that a change of the machine's speed meets all. A ratio is
-that of two sides' tokens a second; the figure is the median of the rounds, with a 95 % interval by bootstrap.
-transformers' `prompt_lookup_num_tokens` takes one prompt at a time, so it is compared at batch 1 alone; there our speed
-after the first token is told too. Of larger batches most of the time is the prompts, so each round is decoded once more
-on an engine that has kept them: "prompts kept". The last of a round's texts ends alone, however much sooner the others
-did; so we tell how much sooner a text ends on average too, and decode the prompts of all rounds as one queue, so many
-at a time. `suffix` remembers nothing from one prompt to the next, but for the side that `--again` adds: there each prompt
+template. All sides take turns at the same prompts, so that a change of the machine's speed meets all. A ratio is that
+of two sides' tokens a second; the figure is the median of the rounds, with a 95 % interval by bootstrap. transformers'
+`prompt_lookup_num_tokens` takes one prompt at a time, so it is compared at batch 1 alone; there our speed after the
+first token is told too. Of larger batches most of the time is the prompts, so each round is decoded once more on an
+engine that has kept them: "prompts kept". The last of a round's texts ends alone, however much sooner the others did;
+so we tell how much sooner a text ends on average too, and decode the prompts of all rounds as one queue, so many at a
+time. `suffix` remembers nothing from one prompt to the next, but for the side that `--again` adds: there each prompt
 has been answered before. In float32 our texts must be the same with drafts and without, and those that are not are
 counted. In bfloat16 some differ, and end sooner or later: with `--full` all go on to `--new` tokens.
 """
