@@ -1,14 +1,17 @@
-"""The suffix automaton knows what a plain search knows, and what it drafts changes nothing."""
+"""Echoes and the suffix automaton know what a plain search knows, and what they have drafted changes nothing."""
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
+import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unspool.pipeline import Pipeline
 from unspool_speculative.automaton import ROOT, Automaton
+from unspool_speculative.echoes import MOST, Echoes
 from unspool_speculative.suffix import Memory, Suffix, likeliest
 from unspool_testing.compare import check_equal, check_speculation
 from unspool_testing.driver import Circumstances, alone, drive, plugin, request
@@ -16,6 +19,12 @@ from unspool_testing.hosts import Drawn, Likeliest
 from unspool_testing.table import TableModel
 
 TEXTS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=14), min_size=1, max_size=4)
+
+
+def in_common(one: list[int], other: list[int]) -> int:
+    """Count the last tokens in which two texts agree."""
+    pairs = enumerate(zip(reversed(one), reversed(other), strict=False))
+    return next((count for count, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def occurrences(texts: list[list[int]], phrase: list[int]) -> int:
@@ -53,6 +62,43 @@ def test_feeding_by_pieces_is_feeding_at_once(texts: list[list[int]]) -> None:
             assert sorted((t, n) for t, _, n in pieces.following(ours[0])) == sorted(
                 (t, n) for t, _, n in whole.following(theirs[0])
             )
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=40), st.data())
+def test_echoes_are_all_earlier_places_of_the_longest_ending_however_the_path_came(
+    path: list[int], data: st.DataObject
+) -> None:
+    echoes = Echoes(64)
+    for _ in range(data.draw(st.integers(0, 3))):  # it may have been on other paths, or on beginnings of this one
+        known = data.draw(st.one_of(st.integers(1, len(path)).map(lambda n: path[:n]), st.just([1, 2])))
+        echoes.hear(np.array(known))
+    echoes.hear(np.array(path))
+    lengths = {end: in_common(path[:end], path) for end in range(1, len(path))}
+    longest = max(lengths.values(), default=0)
+    assert echoes.matched == longest
+    assert echoes.ends == tuple(end for end, length in lengths.items() if length == longest and longest)
+    followed = Counter(path[end] for end in echoes.ends)
+    assert {token: count for token, _, count in echoes.following(echoes.ends)} == followed
+
+
+def test_what_followed_an_echo_is_walked_like_the_automaton() -> None:
+    """One text alone: its ending was said twice before, and went on in two ways."""
+    path = [1, 2, 3, 4, 1, 2, 3, 5, 1, 2, 6, 9, 1, 2]
+    echoes = Echoes(64)
+    echoes.hear(np.array(path))
+    assert (echoes.matched, echoes.ends) == (2, (2, 6, 10))
+    guesses = likeliest(echoes, echoes.ends, echoes.matched, 5)
+    assert [(g.parent, g.token) for g in guesses] == [(-1, 3), (-1, 6), (0, 4), (0, 5), (1, 9)]
+    assert abs(guesses[0].sure - 2 / 3 * 2 / 3) < 1e-12
+
+
+def test_a_word_without_end_has_few_echoes() -> None:
+    echoes = Echoes(64)
+    echoes.hear(np.full(5000, 7))
+    assert (echoes.matched, len(echoes.ends)) == (64, MOST)
+    echoes.hear(np.full(5001, 7))
+    assert (echoes.matched, echoes.ends[-1]) == (65, 5000)
 
 
 def test_the_likeliest_way_is_drafted_first_and_others_beside_it() -> None:

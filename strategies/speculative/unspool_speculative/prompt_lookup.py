@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from unspool.plugin import Parameters, Plugin, hookimpl
+from unspool_speculative.echoes import occurrences
 from unspool_speculative.hang import Guess, hang, sure
 
 if TYPE_CHECKING:
@@ -71,17 +72,8 @@ def longest_match(path: NDArray[np.int64], most: int) -> tuple[int, int]:
     Returns:
         Its length, 0 if there is none, and where its latest earlier occurrence ends.
     """
-    ends = np.flatnonzero(path[:-1] == path[-1]) + 1
-    if not len(ends):
-        return 0, 0
-    matched = 1
-    while matched < most:
-        longer = ends[ends > matched]
-        longer = longer[path[longer - matched - 1] == path[-matched - 1]]
-        if not len(longer):
-            break
-        ends, matched = longer, matched + 1
-    return matched, int(ends[-1])
+    matched, ends = occurrences(path, most)
+    return matched, int(ends[-1]) if matched else 0
 
 
 def follow(path: NDArray[np.int64], start: int, count: int) -> list[int]:

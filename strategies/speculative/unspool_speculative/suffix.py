@@ -1,22 +1,23 @@
 """Suffix decoding: guess that a text goes on as such texts most often did, here and in earlier answers.
 
-Agents, code and forms repeat not only their prompt but one another. What was said is kept in two suffix automata: one
-of the request's own path, and one of all that this engine has finished. The longest ending of a row's path that either
-has seen is looked up, and the likeliest ways in which it went on are drafted, as a tree: a way that is certain is long,
-one of several is short.
+Agents, code and forms repeat not only their prompt but one another. The longest ending of a row's path that was said
+before is looked for in the path itself, and in a suffix automaton of all that this engine has finished. The likeliest
+ways in which it went on are drafted, as a tree: a way that is certain is long, one of several is short.
 
     chance(draft)  =  chance(parent) * n / (n + 1) * count(phrase, token) / sum over tokens of count(phrase, token)
     draft          =  the `length` likeliest nodes,   n = tokens that match before them
 
-Oliaro et al. 2024 (SuffixDecoding). Costs no pass and no model: a walk of a few dozen steps for each row.
+Oliaro et al. 2024 (SuffixDecoding). Costs no pass and no model: a walk of a few dozen steps for each row. A path is not
+put into an automaton of its own: that takes longer than a step does where the prompt is long, and each has to pay it.
 """
 
 from __future__ import annotations
 
 import heapq
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,7 @@ from pydantic import Field
 
 from unspool.plugin import Parameters, Plugin, hookimpl
 from unspool_speculative.automaton import ROOT, Automaton
+from unspool_speculative.echoes import Echoes
 from unspool_speculative.hang import Guess, hang, sure
 
 if TYPE_CHECKING:
@@ -32,6 +34,14 @@ if TYPE_CHECKING:
 
 LOOK_BACK = 64
 """Tokens of a path that are matched with what was said elsewhere."""
+
+
+class Said(Protocol):
+    """What was said, as states that tell what followed them."""
+
+    def following(self, state: Any) -> Sequence[tuple[int, Any, int]]:
+        """List what followed a state: (token, its state, how often)."""
+        ...
 
 
 class Memory:
@@ -68,12 +78,10 @@ class Memory:
 
 @dataclass(eq=False)
 class Own:
-    """What a request knows: its own path as far as it was read, and the engine's memory."""
+    """What a request knows: the echoes in its own paths, by their streams, and the engine's memory."""
 
     memory: Memory | None
-    automaton: Automaton = field(default_factory=Automaton)
-    read: list[int] = field(default_factory=list)
-    last: int = ROOT
+    echoes: dict[int, Echoes] = field(default_factory=dict)
 
 
 class Suffix(Plugin):
@@ -97,10 +105,8 @@ class Suffix(Plugin):
         return Memory(self.params.remember)
 
     def open(self, request: PreparedRequest) -> Own:
-        """Read the prompt."""
-        own = Own(request.shared.get(self.name) if self.params.remember else None)
-        _read(own, list(request.prompt_ids))
-        return own
+        """Begin with what the engine remembers."""
+        return Own(request.shared.get(self.name) if self.params.remember else None)
 
     def close(self, own: Own, result: Result) -> None:
         """Remember what came of it."""
@@ -115,44 +121,40 @@ class Suffix(Plugin):
         if adapt and not any(step.takes([1.0] * count)):
             return
         paths, lengths = step.paths()
-        request, owns = step.request.tolist(), step.own(self)
-        found, seen = [], set()
-        for row, (padded, length) in enumerate(zip(paths.numpy(force=True), lengths.tolist(), strict=True)):
-            own, path = owns[request[row]], padded[:length]
-            if request[row] not in seen:
-                seen.add(request[row])
-                _read(own, path.tolist())
-            found.append(_find(own, path))
+        rows = zip(paths.numpy(force=True), lengths.tolist(), step.request.tolist(), step.stream.tolist(), strict=True)
+        owns = step.own(self)
+        found = [_find(owns[request], stream, path[:length]) for path, length, request, stream in rows]
         takes = step.takes([sure(matched, 0) for matched, _, _ in found]) if adapt else [True] * count
         guesses: list[list[Guess]] = []
-        for (matched, automaton, state), taken, budget in zip(found, takes, step.budget.tolist(), strict=True):
-            said = taken and matched >= self.params.min_match
-            guesses.append(likeliest(automaton, state, matched, min(self.params.length, budget)) if said else [])
+        for (matched, said, state), taken, budget in zip(found, takes, step.budget.tolist(), strict=True):
+            enough = taken and matched >= self.params.min_match
+            guesses.append(likeliest(said, state, matched, min(self.params.length, budget)) if enough else [])
         hang(step, guesses, adapt=adapt)
 
 
-def _find(own: Own, path: NDArray[np.int64]) -> tuple[int, Automaton, int]:
-    """Find the longest ending of a path after which something was said: its length, and where it is known."""
-    end = path[-LOOK_BACK:].tolist()
-    found = []
-    for automaton in (own.automaton, *([own.memory.automaton] if own.memory else [])):
-        its_own = automaton is own.automaton and len(own.read) == len(path) and own.read[-LOOK_BACK:] == end
-        state, matched = automaton.shorter(own.last) if its_own else automaton.find(end)
-        while state != ROOT and not automaton.follows(state):
-            state, matched = automaton.shorter(state)  # a text's own end, after which nothing was said
-        found.append((min(matched, LOOK_BACK), automaton, state))
-    return max(found, key=lambda one: one[0])
+def _find(own: Own, stream: int, path: NDArray[np.int64]) -> tuple[int, Said, Any]:
+    """Find the longest ending of a path that was said before: its length, and where it is known."""
+    echoes = own.echoes.setdefault(stream, Echoes(LOOK_BACK))
+    echoes.hear(path)
+    matched = min(echoes.matched, LOOK_BACK)
+    if own.memory is None or matched == LOOK_BACK:
+        return matched, echoes, echoes.ends
+    automaton = own.memory.automaton
+    state, elsewhere = automaton.find(path[-LOOK_BACK:].tolist())
+    while state != ROOT and not automaton.follows(state):
+        state, elsewhere = automaton.shorter(state)  # a text's own end, after which nothing was said
+    return (elsewhere, automaton, state) if elsewhere > matched else (matched, echoes, echoes.ends)
 
 
-def likeliest(automaton: Automaton, state: int, matched: int, most: int) -> list[Guess]:
+def likeliest(said: Said, state: Any, matched: int, most: int) -> list[Guess]:
     """Grow the tree of what followed a state, the likeliest node first."""
     guesses: list[Guess] = []
-    heap: list[tuple[float, int, int, int, float, int, int]] = []
+    heap: list[tuple[float, int, int, int, float, Any, int]] = []
     order = 0
 
-    def push(parent: int, state: int, chance: float, depth: int) -> None:
+    def push(parent: int, state: Any, chance: float, depth: int) -> None:
         nonlocal order
-        following = automaton.following(state)
+        following = said.following(state)
         total = sum(count for _, _, count in following)
         for token, to, count in following:
             confidence = count / total * sure(matched, depth)
@@ -165,14 +167,3 @@ def likeliest(automaton: Automaton, state: int, matched: int, most: int) -> list
         guesses.append(Guess(parent, token, confidence))
         push(len(guesses) - 1, to, -negative, depth + 1)
     return guesses
-
-
-def _read(own: Own, path: list[int]) -> None:
-    """Feed a request's automaton what its path has got since. A path that turned elsewhere is read on as a new text."""
-    read = own.read
-    if path[: len(read)] == read:
-        own.last = own.automaton.feed(path[len(read) :], own.last)
-    else:
-        common = next((i for i, (a, b) in enumerate(zip(path, read, strict=False)) if a != b), len(path))
-        own.last = own.automaton.feed(path[max(0, common - LOOK_BACK) :])
-    own.read = path
