@@ -44,7 +44,7 @@ def test_a_size_that_is_unknown_is_thought_to_take_what_will_have_it_tried() -> 
     pace = learnt({4: 0.04})
     assert estimate(pace, 2, 4, 8) == pytest.approx([0.03, 0.04, 0.06])
     assert estimate(pace, 1, 16, 32) == pytest.approx([0.015, 0.04 * 16 / 6, 0.04 * 32 / 6])
-    assert estimate(Pace(), 1, 3, 30) == [1.0, 1.0, 10.0]
+    assert estimate(Pace(), 1, 16, 32) == [1.0, 1.0, 2.0]
     assert estimate(Pace(), 32, 40, 80) == [1.0, 1.0, 2.0], "of no size at all too"
 
 

@@ -37,6 +37,8 @@ KEEP = 0.98
 """What a pass counts after the next one of its band."""
 FOLLOW, STARTLED = 0.1, 0.3
 """How much of an unexpected time (in logarithms) is put down to the machine, and how much of it is believed at most."""
+HANDFUL = 16.0
+"""Passes of up to so many tokens are thought to take the same before anything is known."""
 DOUBT = 4.0
 """Squares of tokens apart that passes must have been before a slope which they show is believed as much as a guess."""
 FORGET = 1024
@@ -94,7 +96,7 @@ class Pace:
         """Estimate the seconds of passes over so many tokens, ascending: `[n]` to `[n]`. Unknown ones take 1."""
         known, tokens = self.known, np.maximum(tokens, 1)
         if not known:
-            return np.maximum(1.0, tokens / _free(float(tokens[0])))
+            return np.maximum(1.0, tokens / max(HANDFUL, _free(float(tokens[0]))))
         times = np.empty(len(tokens))
         ends = [*np.searchsorted(tokens, ALIKE, side="right").tolist(), len(tokens)]
         for band, (begin, end) in enumerate(pairwise([0, *ends])):

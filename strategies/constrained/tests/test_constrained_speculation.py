@@ -44,7 +44,11 @@ LANGUAGES: dict[str, tuple[type[Constraint], dict[str, Any], str]] = {
     "regex": (Regex, {"pattern": "(ab)+a?"}, "(ab)+a?"),
     "choices": (Choices, {"choices": ["abab", "aba", "b"]}, "abab|aba|b"),
     "schema": (JsonSchema, {"schema": {"enum": ["a", "ab", "bba"]}}, '"(a|ab|bba)"'),
-    "grammar": (ContextFree, {"grammar": 'start: "a" start "b" | "ab"'}, "ab|aabb|aaabbb|aaaabbbb"),
+    "grammar": (
+        ContextFree,
+        {"grammar": 'start: "a" start "b" | "ab"'},
+        "|".join(n * "a" + n * "b" for n in range(1, 11)),
+    ),
 }
 
 
