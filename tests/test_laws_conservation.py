@@ -56,6 +56,14 @@ def test_nothing_is_left_after_ends_failures_and_cancellations_in_any_order(data
         check_equal(alone(TableModel(VOCAB), [one], MODELS)[0], got[number], f"{asked[number].pipeline}")
 
 
+def test_a_request_that_fails_while_a_branch_of_it_waits_for_the_next_round_leaves_nothing() -> None:
+    """A child in a new stream is accepted and waits for a round of its own, while another branch is spoilt further on."""
+    for seed in range(12):
+        one = request(MADE["forks"], (1,), max_new_tokens=3, end_ids=(0,), seed=seed)
+        pipeline = with_plugin(MADE["forks"], plugin(Faulty, "makes nan", makes="nan", after=2))
+        drive(TableModel(VOCAB), [with_pipeline(one, with_plugin(pipeline, drafters(VOCAB)["chains"](0)))])
+
+
 def test_a_cancelled_request_gives_its_branches_as_they_are_after_finished_ones() -> None:
     greedy = request(Pipeline(plugin(Greedy)), (1, 2), max_new_tokens=9, end_ids=())
     whole = alone(TableModel(VOCAB), [greedy])[0]

@@ -79,7 +79,7 @@ class Rounds:
                     left.append((live, branch))
                 else:
                     start.append(row)
-        return left
+        return [(live, branch) for live, branch in left if live.result is None]  # it may have failed further on
 
     def _decisions(self, rows: Rows, round_: int) -> list[Decision]:
         """Decide for all requests together; if a hook raises, for each alone, so that only those that fail fail."""
