@@ -57,7 +57,7 @@ def test_nothing_is_left_after_ends_failures_and_cancellations_in_any_order(data
 
 
 def test_a_request_that_fails_while_a_branch_of_it_waits_for_the_next_round_leaves_nothing() -> None:
-    """A child in a new stream is accepted and waits for a round of its own, while another branch is spoilt further on."""
+    """A child in a new stream is accepted and waits for a round of its own; another branch is spoilt further on."""
     for seed in range(12):
         one = request(MADE["forks"], (1,), max_new_tokens=3, end_ids=(0,), seed=seed)
         pipeline = with_plugin(MADE["forks"], plugin(Faulty, "makes nan", makes="nan", after=2))
