@@ -93,7 +93,10 @@ class Pace:
             del self._lines[other], self._last[other]
 
     def seconds(self, tokens: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Estimate the seconds of passes over so many tokens, ascending: `[n]` to `[n]`. Unknown ones take 1."""
+        """Estimate the seconds of passes over so many tokens, ascending: `[n]` to `[n]`.
+
+        While nothing is known they are told in passes of the first, not in seconds.
+        """
         known, tokens = self.known, np.maximum(tokens, 1)
         if not known:
             return np.maximum(1.0, tokens / max(HANDFUL, _free(float(tokens[0]))))

@@ -6,16 +6,18 @@ from collections import Counter
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unspool.pipeline import Pipeline
 from unspool_speculative.automaton import ROOT, Automaton
 from unspool_speculative.echoes import MOST, Echoes
+from unspool_speculative.hang import Guess, hang
 from unspool_speculative.suffix import Memory, Suffix, likeliest
 from unspool_testing.compare import check_equal, check_speculation
 from unspool_testing.driver import Circumstances, alone, drive, plugin, request
-from unspool_testing.hosts import Drawn, Likeliest
+from unspool_testing.hosts import Drawn, Likeliest, NarrowSearch
 from unspool_testing.table import TableModel
 
 TEXTS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=14), min_size=1, max_size=4)
@@ -152,3 +154,22 @@ def test_branches_that_part_are_read_each_in_its_turn() -> None:
     for seed in range(4):
         asked = request(plain, (1, 2), max_new_tokens=12, end_ids=(), n=3, seed=seed)
         assert check_speculation(TableModel(3, seed=seed), asked, plain, with_suffix).stats.drafted > 0
+
+
+def test_rows_of_one_request_and_stream_are_guessed_at_each_by_its_own_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = 0
+
+    def compare(step: Any, guesses: list[list[Guess]], **settings: Any) -> list[dict[int, int]]:
+        nonlocal seen
+        paths, lengths = step.paths()
+        for path, length, its in zip(paths.numpy(), lengths.tolist(), guesses, strict=True):
+            echoes = Echoes(64)
+            echoes.hear(path[:length])
+            assert its == (likeliest(echoes, echoes.ends, echoes.matched, 4) if echoes.matched >= 2 else [])
+        seen += sum(map(bool, guesses)) > 1 == len(set(step.stream.tolist()))
+        return hang(step, guesses, **settings)
+
+    monkeypatch.setattr("unspool_speculative.suffix.hang", compare)
+    beams = Pipeline(plugin(NarrowSearch), [plugin(Suffix, adapt=False, remember=0, length=4)])
+    [result] = drive(TableModel(3, seed=1), [request(beams, (1, 2), max_new_tokens=14, end_ids=())])
+    assert result.error is None and seen

@@ -14,8 +14,10 @@ put into an automaton of its own: that takes longer than a step does where the p
 from __future__ import annotations
 
 import heapq
+import itertools
 import threading
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -78,10 +80,10 @@ class Memory:
 
 @dataclass(eq=False)
 class Own:
-    """What a request knows: the echoes in its own paths, by their streams, and the engine's memory."""
+    """What a request knows: the echoes in the path of each of its rows, and the engine's memory."""
 
     memory: Memory | None
-    echoes: dict[int, Echoes] = field(default_factory=dict)
+    echoes: list[Echoes] = field(default_factory=list)
 
 
 class Suffix(Plugin):
@@ -121,9 +123,9 @@ class Suffix(Plugin):
         if adapt and not any(step.takes([1.0] * count)):
             return
         paths, lengths = step.paths()
-        rows = zip(paths.numpy(force=True), lengths.tolist(), step.request.tolist(), step.stream.tolist(), strict=True)
-        owns = step.own(self)
-        found = [_find(owns[request], stream, path[:length]) for path, length, request, stream in rows]
+        rows = zip(paths.numpy(force=True), lengths.tolist(), step.request.tolist(), strict=True)
+        owns, place = step.own(self), defaultdict[int, Iterator[int]](itertools.count)
+        found = [_find(owns[request], next(place[request]), path[:length]) for path, length, request in rows]
         takes = step.takes([sure(matched, 0) for matched, _, _ in found]) if adapt else [True] * count
         guesses: list[list[Guess]] = []
         for (matched, said, state), taken, budget in zip(found, takes, step.budget.tolist(), strict=True):
@@ -132,9 +134,17 @@ class Suffix(Plugin):
         hang(step, guesses, adapt=adapt)
 
 
-def _find(own: Own, stream: int, path: NDArray[np.int64]) -> tuple[int, Said, Any]:
-    """Find the longest ending of a path that was said before: its length, and where it is known."""
-    echoes = own.echoes.setdefault(stream, Echoes(LOOK_BACK))
+def _find(own: Own, place: int, path: NDArray[np.int64]) -> tuple[int, Said, Any]:
+    """Find the longest ending of a request's path that was said before: its length, and where it is known.
+
+    Args:
+        own: the request's.
+        place: the row's, among those of the request: it most likely goes on from the one that was there before.
+        path: the row's.
+    """
+    if place == len(own.echoes):
+        own.echoes.append(Echoes(LOOK_BACK))
+    echoes = own.echoes[place]
     echoes.hear(path)
     matched = min(echoes.matched, LOOK_BACK)
     if own.memory is None or matched == LOOK_BACK:
