@@ -2,8 +2,7 @@
 
 A *package* is what AOTInductor makes of the model for passes of so many tokens, with its weights frozen into it. It is
 made once for a machine, a model and a number of threads, takes a minute or more, and lies in the user's cache, as the
-library that it is: it is mapped from there, so loading it takes a fraction of a second, and all processes that run the
-model have one copy of it.
+library that it is: it is loaded from there, in a fraction of a second. Its weights are copied into a process's memory.
 
 Where the kernel multiplies by most weights of a model (`products.cpp`), there is a package for a single token and one
 for more. (A single row's products with bfloat16 weights are the compiler's: joined with what comes before and after,
