@@ -147,6 +147,28 @@ def test_products_are_right_and_each_row_is_its_own(integers: bool, depth: int, 
         assert spoilt.sum() == width
 
 
+@pytest.mark.parametrize("rare", [0, 1, 36, 37, 4000])
+def test_weights_of_any_exponents_are_kept_exactly(rare: int) -> None:
+    if not kernel.multiplies():
+        pytest.skip("the processor does not multiply bfloat16")
+    random = torch.Generator().manual_seed(rare)
+    depth, width = 576, 72
+    weight = torch.rand(width, depth, generator=random).add(1) * 2.0 ** torch.randint(-7, 7, (width, depth))
+    weight *= torch.randint(-1, 2, (width, depth), generator=random)
+    scattered = torch.randperm(32 * depth, generator=random)[:rare]  # in the second of three groups
+    weight[32:64].view(-1)[scattered] = 2.0 ** torch.linspace(20, 120, rare)
+    weight = weight.bfloat16()
+    laid = torch.ops.unspool.lay_out(weight)
+    assert laid.dtype == (torch.uint8 if rare <= depth // 16 else torch.bfloat16)
+    for rows in (torch.eye(depth).bfloat16(), torch.randn(30, depth, generator=random).bfloat16()):
+        expected = rows.double() @ weight.double().T
+        for count in (1, 5, 12, len(rows)):
+            found = torch.ops.unspool.project(rows[:count], laid, None, None, width)
+            torch.testing.assert_close(found.double(), expected[:count], rtol=2**-8, atol=1e-4)
+    found = torch.ops.unspool.project(torch.eye(depth).bfloat16(), laid, None, None, width)
+    assert torch.equal(found, weight.T)
+
+
 def test_weights_that_cannot_be_laid_out_and_products_that_do_not_fit_are_refused() -> None:
     if not kernel.multiplies():
         pytest.skip("the processor does not multiply bfloat16")
@@ -160,7 +182,7 @@ def test_weights_that_cannot_be_laid_out_and_products_that_do_not_fit_are_refuse
     laid = lay_out(torch.zeros(50, 16, dtype=torch.bfloat16))
     with pytest.raises(RuntimeError, match="rows of bfloat16, not Float"):
         project(torch.zeros(1, 16), laid, None, None, 50)
-    with pytest.raises(RuntimeError, match="laid out for rows of 24 numbers"):
+    with pytest.raises(RuntimeError, match="rows of 16 numbers for these weights, not 24"):
         project(torch.zeros(1, 24, dtype=torch.bfloat16), laid, None, None, 50)
     with pytest.raises(RuntimeError, match="has 64 columns, not 97"):
         project(torch.zeros(1, 16, dtype=torch.bfloat16), laid, None, None, 97)

@@ -5,9 +5,8 @@ made once for a machine, a model and a number of threads, takes a minute or more
 library that it is: it is loaded from there, in a fraction of a second. Its weights are copied into a process's memory.
 
 Where the kernel multiplies by most weights of a model (`products.cpp`), there is a package for a single token and one
-for more. (A single row's products with bfloat16 weights are the compiler's: joined with what comes before and after,
-they are a twentieth quicker.) The compiler's products are each quickest for some number of tokens, so where it makes
-them all there is a package for a single token, one for a few (decoding, drafts) and one for many (prompts).
+for more, since a size of 1 is another program. The compiler's products are each quickest for some number of tokens, so
+where it makes them there is a package for a single token, one for a few (decoding, drafts) and one for many (prompts).
 
 A processor without bfloat16 instructions multiplies float32 several times faster. There the packages for more than one
 token hold the weights as float32 and compute in it (the cache stays bfloat16), and only the pass of one token, which
@@ -251,7 +250,7 @@ def make(subject: Subject, kind: Kind) -> Path:
     own, dtype = subject, subject.model.dtype
     model: Any = copy.deepcopy(subject.model)
     if subject.by_kernel:
-        multiply_by_kernel(model, only_integers=kind.last == 1)
+        multiply_by_kernel(model)
     else:
         if kind.last > 1:  # more tokens do not only read the weights: they multiply
             widen(model, torch.float32 if dtype.itemsize == 2 and not can_pack(dtype) else dtype)

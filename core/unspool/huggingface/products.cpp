@@ -3,8 +3,14 @@
 // Few rows cost what reading the weights does, many what multiplying does. Of the output 32 columns are computed at once,
 // for up to 12 rows: 24 sums, which are all that the registers hold. Their weights, a *group*, lie in the order in which
 // they are read, and memory is asked for them a little ahead, so it gives them as fast as it can. Each column of a group
-// is read as pairs (`vectors.h`), against which a pair of each row is multiplied. An integer of 8 bits becomes the
-// bfloat16 number of its value by looking its two bytes up, which is quicker than memory gives the next.
+// is read as pairs (`vectors.h`), against which a pair of each row is multiplied.
+//
+// Weights of bfloat16 are kept in 12 bits, exactly: a sign and 7 bits of fraction, and a code of 4 bits for the exponent.
+// The weights of a group have few exponents: of numbers of a normal distribution 15 are all but one in ten thousand. The
+// rest, *strays*, are kept beside the group. (Lossless codes for exponents: Zhang et al. 2025, "70% Size, 100% Accuracy",
+// https://arxiv.org/abs/2504.11651; theirs have no fixed length.) A code becomes the two bytes of its exponent, and an
+// integer of 8 bits those of the bfloat16 number of its value, by looking them up, which is quicker than memory gives the
+// next.
 //
 // All sums are float32, and each runs over the row in the same order, however many rows there are: a row's product is the
 // same to the last bit beside any others. There are no such operators where the processor does not multiply pairs, or has
@@ -13,11 +19,13 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <numeric>
 #include <optional>
 #include <type_traits>
 #include <vector>
@@ -35,27 +43,17 @@ constexpr int64_t TALL = 12;              // rows whose sums the registers hold
 constexpr int64_t STRIDE = 8;             // numbers of a row that are multiplied in a round
 constexpr int64_t LINE = 64;              // bytes that memory gives at once
 constexpr int64_t AHEAD = 6144;           // bytes
+constexpr int64_t RARE = 16;              // places of a row for each stray that a group may have
 
-// Lay weights out, [width, depth] to [groups, ...]: 32 columns a group, the last of them filled up with zeros.
-at::Tensor lay_out(const at::Tensor& weight) {
-  const int64_t width = weight.size(0), depth = weight.size(1), groups = (width + COLUMNS - 1) / COLUMNS;
-  TORCH_CHECK(depth % STRIDE == 0, "unspool::lay_out takes rows of a multiple of ", STRIDE, " numbers, not ", depth);
-  const at::Tensor whole = at::constant_pad_nd(weight, {0, 0, 0, groups * COLUMNS - width});
-  if (weight.scalar_type() == at::kBFloat16)  // a pair of each column, then the next pair
-    return whole.view({groups, COLUMNS, depth / 2, 2}).permute({0, 2, 1, 3}).contiguous();
-  TORCH_CHECK(weight.scalar_type() == at::kChar, "unspool::lay_out takes bfloat16 or int8, not ", weight.scalar_type());
-  TORCH_CHECK(whole.ge(-127).all().item<bool>(), "unspool::lay_out takes whole numbers from -127 to 127, not -128");
-  // Sign and magnitude, and in each quarter of a vector two pairs of four columns: that is how bytes are interleaved.
-  const at::Tensor bytes = whole.abs().to(at::kByte).bitwise_or(whole.lt(0).to(at::kByte).mul(128));
-  return bytes.view({groups, VECTORS, 4, W / 4, depth / 4, 2, 2}).permute({0, 4, 1, 2, 5, 3, 6}).contiguous();
-}
-
-// How weights of a group are read: `AT_ONCE` pairs of each column together.
+// How weights of a group are read: `AT_ONCE` pairs of each column together, from a *block*.
 struct Halves {
-  using Stored = at::BFloat16;
   static constexpr int AT_ONCE = 1;
-  static void read(const Stored* from, __m512i pairs[AT_ONCE][VECTORS]) {
-    for (int v = 0; v < VECTORS; ++v) pairs[0][v] = _mm512_loadu_si512(from + v * 2 * W);
+  static constexpr int64_t HEAD = 0, BLOCK = VECTORS * LINE;  // bytes
+
+  explicit Halves(const char*) {}
+
+  void read(const char* block, __m512i pairs[AT_ONCE][VECTORS]) const {
+    for (int v = 0; v < VECTORS; ++v) pairs[0][v] = _mm512_loadu_si512(block + v * LINE);
   }
 };
 
@@ -74,11 +72,14 @@ struct Table {
 const Table TABLE;
 
 struct Bytes {
-  using Stored = uint8_t;
   static constexpr int AT_ONCE = 2;
-  static void read(const Stored* from, __m512i pairs[AT_ONCE][VECTORS]) {
+  static constexpr int64_t HEAD = 0, BLOCK = VECTORS * LINE;
+
+  explicit Bytes(const char*) {}
+
+  void read(const char* block, __m512i pairs[AT_ONCE][VECTORS]) const {
     for (int v = 0; v < VECTORS; ++v) {
-      const __m512i stored = _mm512_loadu_si512(from + v * LINE);
+      const __m512i stored = _mm512_loadu_si512(block + v * LINE);
       const __m512i low = found(TABLE.low, stored), magnitude = found(TABLE.high, stored);
       const __m512i high = _mm512_or_si512(magnitude, _mm512_and_si512(stored, _mm512_set1_epi8(-128)));
       pairs[0][v] = _mm512_unpacklo_epi8(low, high);
@@ -90,6 +91,137 @@ struct Bytes {
     return _mm512_permutex2var_epi8(_mm512_loadu_si512(table), which, _mm512_loadu_si512(table + LINE));
   }
 };
+
+constexpr int CODES = 16;
+
+// What a group of codes begins with.
+struct Head {
+  uint8_t low[CODES], high[CODES];  // bytes of the bfloat16 number that has an exponent and nothing else
+  int32_t depth, strays;            // numbers in a row; how many lie behind the blocks
+  char unused[24];
+};
+static_assert(sizeof(Head) == LINE);
+
+// A weight whose exponent has no code: it lies as a zero among the others.
+struct Stray {
+  int32_t place;  // in the row
+  uint16_t column;
+  at::BFloat16 weight;
+};
+static_assert(sizeof(Stray) == 8);
+
+// A block is the codes of two pairs of each column, four bits each, then signs and fractions of one pair and of the other.
+struct Coded {
+  static constexpr int AT_ONCE = 2;
+  static constexpr int64_t HEAD = sizeof(Head), BLOCK = 3 * LINE;
+
+  explicit Coded(const char* group)
+      : low_(four(reinterpret_cast<const Head*>(group)->low)), high_(four(reinterpret_cast<const Head*>(group)->high)) {}
+
+  void read(const char* block, __m512i pairs[AT_ONCE][VECTORS]) const {
+    static_assert(VECTORS == 2);
+    const __m512i codes = _mm512_loadu_si512(block), nibble = _mm512_set1_epi8(15);
+    for (int i = 0; i < AT_ONCE; ++i) {
+      const __m512i code = _mm512_and_si512(i ? _mm512_srli_epi16(codes, 4) : codes, nibble);
+      const __m512i stored = _mm512_loadu_si512(block + (1 + i) * LINE), sign = _mm512_set1_epi8(-128);
+      const __m512i low = _mm512_or_si512(_mm512_andnot_si512(sign, stored), _mm512_shuffle_epi8(low_, code));
+      const __m512i high = _mm512_or_si512(_mm512_and_si512(sign, stored), _mm512_shuffle_epi8(high_, code));
+      pairs[i][0] = _mm512_unpacklo_epi8(low, high);
+      pairs[i][1] = _mm512_unpackhi_epi8(low, high);
+    }
+  }
+
+  // Where in a vector of the first pairs, or of the second, the byte of one of a column's two numbers lies.
+  static int64_t within(int64_t column, int64_t number) {
+    return column % W / 4 * 16 + column / W * 8 + column % 4 * 2 + number;
+  }
+
+ private:
+  static __m512i four(const uint8_t* table) {  // a copy for each quarter of a vector
+    return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
+  }
+  __m512i low_, high_;
+};
+
+// Lay integers out, [groups * 32, depth] to [groups, ...].
+at::Tensor bytes_of(const at::Tensor& whole) {
+  TORCH_CHECK(whole.ge(-127).all().item<bool>(), "unspool::lay_out takes whole numbers from -127 to 127, not -128");
+  // Sign and magnitude, and in each quarter of a vector two pairs of four columns: that is how bytes are interleaved.
+  const at::Tensor bytes = whole.abs().bitwise_or(whole.lt(0).to(at::kChar).mul(-128));
+  return bytes.view({-1, VECTORS, 4, W / 4, whole.size(1) / 4, 2, 2}).permute({0, 4, 1, 2, 5, 3, 6}).contiguous();
+}
+
+// Lay bfloat16 weights out as codes, [groups * 32, depth] to [groups, bytes]; nothing: they have too many strays.
+std::optional<at::Tensor> codes_of(const at::Tensor& whole) {
+  const int64_t depth = whole.size(1), groups = whole.size(0) / COLUMNS, blocks = depth / (2 * Coded::AT_ONCE);
+  const auto* weights = reinterpret_cast<const uint16_t*>(whole.const_data_ptr());
+  auto exponent = [](uint16_t weight) { return weight >> 7 & 255; };
+  struct Code {
+    uint8_t of[256], exponents[CODES];
+    int64_t strays;
+  };
+  std::vector<Code> code(groups);
+  at::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t g = begin; g < end; ++g) {
+      int64_t counts[256] = {};
+      for (int64_t i = 0; i < COLUMNS * depth; ++i) ++counts[exponent(weights[g * COLUMNS * depth + i])];
+      counts[0] = COLUMNS * depth + 1;  // zero is what strays are read as
+      uint8_t order[256];
+      std::iota(order, order + 256, 0);
+      std::stable_sort(order, order + 256, [&](uint8_t a, uint8_t b) { return counts[a] > counts[b]; });
+      std::memset(code[g].of, CODES, sizeof code[g].of);  // none
+      for (int c = 0; c < CODES; ++c) code[g].of[code[g].exponents[c] = order[c]] = c;
+      code[g].strays = 0;
+      for (int c = CODES; c < 256; ++c) code[g].strays += counts[order[c]];
+    }
+  });
+  int64_t most = 0;
+  for (const Code& each : code) most = std::max(most, each.strays);
+  if (most > depth / RARE) return std::nullopt;
+  const int64_t record = (Coded::HEAD + blocks * Coded::BLOCK + most * sizeof(Stray) + LINE - 1) / LINE * LINE;
+  at::Tensor laid = at::zeros({groups, record}, whole.options().dtype(at::kByte));
+  char* to = reinterpret_cast<char*>(laid.mutable_data_ptr());
+  at::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t g = begin; g < end; ++g) {
+      Head* head = reinterpret_cast<Head*>(to + g * record);
+      char* block = to + g * record + Coded::HEAD;
+      Stray* stray = reinterpret_cast<Stray*>(block + blocks * Coded::BLOCK);
+      head->depth = depth;
+      for (int c = 0; c < CODES; ++c) {
+        head->low[c] = code[g].exponents[c] << 7;
+        head->high[c] = code[g].exponents[c] >> 1;
+      }
+      for (int64_t k = 0; k < depth; ++k)
+        for (int64_t n = 0; n < COLUMNS; ++n) {
+          const uint16_t weight = weights[(g * COLUMNS + n) * depth + k];
+          const uint8_t found = code[g].of[exponent(weight)];
+          char* here = block + k / 4 * Coded::BLOCK + Coded::within(n, k % 2);
+          if (found == CODES) {
+            stray[head->strays++] = {static_cast<int32_t>(k), static_cast<uint16_t>(n),
+                                     at::BFloat16(weight, at::BFloat16::from_bits())};
+          } else {
+            here[(1 + k % 4 / 2) * LINE] = weight >> 8 & 128 | weight & 127;
+            here[0] |= found << k % 4 / 2 * 4;
+          }
+        }
+    }
+  });
+  return laid;
+}
+
+// Lay weights out, [width, depth] to [groups, ...]: 32 columns a group, the last of them filled up with zeros. The dtype
+// says how they are read: int8 `Bytes`, uint8 `Coded`, bfloat16 `Halves`.
+at::Tensor lay_out(const at::Tensor& weight) {
+  const int64_t width = weight.size(0), depth = weight.size(1), groups = (width + COLUMNS - 1) / COLUMNS;
+  TORCH_CHECK(depth % STRIDE == 0, "unspool::lay_out takes rows of a multiple of ", STRIDE, " numbers, not ", depth);
+  const at::Tensor whole = at::constant_pad_nd(weight, {0, 0, 0, groups * COLUMNS - width}).contiguous();
+  if (weight.scalar_type() == at::kChar) return bytes_of(whole);
+  TORCH_CHECK(weight.scalar_type() == at::kBFloat16, "unspool::lay_out takes bfloat16 or int8, not ",
+              weight.scalar_type());
+  if (const std::optional<at::Tensor> laid = codes_of(whole)) return *laid;
+  // A pair of each column, then the next pair.
+  return whole.view({groups, COLUMNS, depth / 2, 2}).permute({0, 2, 1, 3}).contiguous();
+}
 
 // What becomes of the sums of a group's columns, unless nothing does.
 struct Finish {
@@ -110,25 +242,42 @@ struct Finish {
   }
 };
 
-// Ask memory for what a round reads some rounds later. It comes into the second cache.
-template <typename Stored>
-inline void ask(const Stored* round) {
-  for (size_t at = 0; at < STRIDE * COLUMNS * sizeof(Stored); at += LINE)
-    __builtin_prefetch(reinterpret_cast<const char*>(round) + AHEAD + at, 0, 2);
+// Ask memory for what is read some blocks later. It comes into the second cache.
+template <typename Weights>
+inline void ask(const char* block) {
+  for (int64_t at = 0; at < Weights::BLOCK; at += LINE) __builtin_prefetch(block + AHEAD + at, 0, 2);
 }
+
+// A group, and what lies beside its blocks.
+template <typename Weights>
+struct Group {
+  const char* blocks;
+  Weights weights;
+  const Stray *stray, *end;
+
+  Group(const char* start, int64_t depth)
+      : blocks(start + Weights::HEAD), weights(start), stray(nullptr), end(nullptr) {
+    if constexpr (std::is_same_v<Weights, Coded>) {
+      stray = reinterpret_cast<const Stray*>(blocks + depth / (2 * Weights::AT_ONCE) * Weights::BLOCK);
+      end = stray + reinterpret_cast<const Head*>(start)->strays;
+    }
+  }
+};
 
 // The products of R rows with a group, of which so many columns are wanted. Unless it was read before, it is asked for.
 template <typename Weights, int R>
-void tile(const at::BFloat16* rows, int64_t depth, const typename Weights::Stored* group, bool near,
-          const Finish& finish, int64_t columns, at::BFloat16* output, int64_t width) {
+void tile(const at::BFloat16* rows, int64_t depth, const Group<Weights>& group, bool near, const Finish& finish,
+          int64_t columns, at::BFloat16* output, int64_t width) {
   Vector total[R][VECTORS];
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < VECTORS; ++v) total[r][v] = Vector{};  // `= {}` above would be a call
-  for (const at::BFloat16* x = rows; x < rows + depth; x += STRIDE, group += STRIDE * COLUMNS) {
-    if (!near) ask(group);
-    for (int k = 0; k < STRIDE; k += 2 * Weights::AT_ONCE) {
+  const Weights weights = group.weights;
+  const char* block = group.blocks;
+  for (const at::BFloat16* x = rows; x < rows + depth; x += STRIDE)
+    for (int k = 0; k < STRIDE; k += 2 * Weights::AT_ONCE, block += Weights::BLOCK) {
+      if (!near) ask<Weights>(block);
       __m512i pairs[Weights::AT_ONCE][VECTORS];
-      Weights::read(group + k * COLUMNS, pairs);
+      weights.read(block, pairs);
       for (int i = 0; i < Weights::AT_ONCE; ++i)
         for (int r = 0; r < R; ++r) {
           int32_t pair;
@@ -137,7 +286,16 @@ void tile(const at::BFloat16* rows, int64_t depth, const typename Weights::Store
           for (int v = 0; v < VECTORS; ++v) total[r][v] = paired(total[r][v], pairs[i][v], factor);
         }
     }
-  }
+  for (const Stray* stray = group.stray; stray != group.end; ++stray)
+    for (int r = 0; r < R; ++r) {
+      const auto product = reinterpret_cast<__m512>(
+          all(static_cast<float>(rows[r * depth + stray->place]) * static_cast<float>(stray->weight)));
+      for (int v = 0; v < VECTORS; ++v) {
+        const auto sum = reinterpret_cast<__m512>(total[r][v]);
+        const __mmask16 one = uint64_t{1} << stray->column >> v * W;
+        total[r][v] = reinterpret_cast<Vector>(_mm512_mask_add_ps(sum, one, sum, product));
+      }
+    }
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < VECTORS && v * W < columns; ++v) {
       const int64_t left = std::min<int64_t>(W, columns - v * W);
@@ -155,26 +313,13 @@ void tile_of(int64_t count, const Arguments&... arguments) {
   tiles[count - 1](arguments...);
 }
 
-// Turn the integers of a group to bfloat16, which pays where several tiles read it.
-const at::BFloat16* turned(const uint8_t* group, int64_t depth) {
-  static thread_local std::vector<at::BFloat16> halves;
-  halves.resize(depth * COLUMNS);
-  for (int64_t k = 0; k < depth; k += 2 * Bytes::AT_ONCE) {
-    if (k % STRIDE == 0) ask(group + k * COLUMNS);
-    __m512i pairs[Bytes::AT_ONCE][VECTORS];
-    Bytes::read(group + k * COLUMNS, pairs);
-    std::memcpy(static_cast<void*>(halves.data() + k * COLUMNS), pairs, sizeof pairs);
-  }
-  return halves.data();
-}
-
 template <typename Weights>
 void multiply(const at::Tensor& x, const at::Tensor& laid, const float* scales, const at::BFloat16* biases,
               at::Tensor& output) {
-  using Stored = typename Weights::Stored;
   const int64_t count = x.size(0), depth = x.size(1), width = output.size(1), groups = laid.size(0);
+  const int64_t record = laid.nbytes() / groups;
   const at::BFloat16* rows = x.const_data_ptr<at::BFloat16>();
-  const Stored* weights = laid.const_data_ptr<Stored>();
+  const char* weights = static_cast<const char*>(laid.const_data_ptr());
   at::BFloat16* to = output.data_ptr<at::BFloat16>();
   // Where there are too few groups for all threads, each is multiplied with several shares of the rows.
   const int64_t fair = 4 * at::get_num_threads(), most = (count + TALL - 1) / TALL;
@@ -185,21 +330,11 @@ void multiply(const at::Tensor& x, const at::Tensor& laid, const float* scales, 
       const int64_t start = count * share / shares, here = count * (share + 1) / shares - start;
       const int64_t tiles = (here + TALL - 1) / TALL;
       const Finish finish(scales, biases, first, columns);
-      const Stored* group = weights + first * depth;
-      auto all = [&](auto kind, const auto* group, bool near) {
-        for (int64_t t = 0; t < tiles; ++t) {
-          const int64_t row = start + here * t / tiles, rest = start + here * (t + 1) / tiles - row;
-          tile_of<decltype(kind)>(rest, rows + row * depth, depth, group, near || t, finish, columns,
-                                  to + row * width + first, width);
-        }
-      };
-      if constexpr (std::is_same_v<Weights, Bytes>) {
-        if (tiles > 1) {
-          all(Halves{}, turned(group, depth), true);
-          continue;
-        }
+      const Group<Weights> group(weights + task / shares * record, depth);
+      for (int64_t t = 0; t < tiles; ++t) {
+        const int64_t row = start + here * t / tiles, rest = start + here * (t + 1) / tiles - row;
+        tile_of<Weights>(rest, rows + row * depth, depth, group, t > 0, finish, columns, to + row * width + first, width);
       }
-      all(Weights{}, group, false);
     }
   });
 }
@@ -210,8 +345,9 @@ at::Tensor project(const at::Tensor& x_, const at::Tensor& laid_, const std::opt
   const at::Tensor x = x_.contiguous(), laid = laid_.contiguous();
   const int64_t depth = x.size(1), groups = laid.size(0);
   TORCH_CHECK(x.scalar_type() == at::kBFloat16, "unspool::project takes rows of bfloat16, not ", x.scalar_type());
-  TORCH_CHECK(laid.numel() == groups * COLUMNS * depth, "unspool::project takes weights that are laid out for ",
-              "rows of ", depth, " numbers");
+  const bool coded = laid.scalar_type() == at::kByte;
+  const int64_t laid_for = coded ? static_cast<const Head*>(laid.const_data_ptr())->depth : laid.numel() / groups / COLUMNS;
+  TORCH_CHECK(laid_for == depth, "unspool::project takes rows of ", laid_for, " numbers for these weights, not ", depth);
   TORCH_CHECK(width > (groups - 1) * COLUMNS && width <= groups * COLUMNS, "unspool::project has ", groups * COLUMNS,
               " columns, not ", width);
   const at::Tensor scale = scale_ ? scale_->contiguous() : at::Tensor();
@@ -221,8 +357,10 @@ at::Tensor project(const at::Tensor& x_, const at::Tensor& laid_, const std::opt
   const float* scales = scale_ ? scale.const_data_ptr<float>() : nullptr;
   const at::BFloat16* biases = bias_ ? bias.const_data_ptr<at::BFloat16>() : nullptr;
   at::Tensor output = at::empty({x.size(0), width}, x.options());
-  if (laid.scalar_type() == at::kByte)
+  if (laid.scalar_type() == at::kChar)
     multiply<Bytes>(x, laid, scales, biases, output);
+  else if (coded)
+    multiply<Coded>(x, laid, scales, biases, output);
   else
     multiply<Halves>(x, laid, scales, biases, output);
   return output;

@@ -167,12 +167,11 @@ def quicken(model: PreTrainedModel, *, by_kernel: bool = True) -> None:
         _replace(model, _layout(model, by_kernel))
 
 
-def multiply_by_kernel(model: PreTrainedModel, *, only_integers: bool = False) -> None:
-    """Have the kernel multiply in all linear layers of a model where it can, or in those with integer weights."""
+def multiply_by_kernel(model: PreTrainedModel) -> None:
+    """Have the kernel multiply in all linear layers of a model where it can."""
 
     def layout(linear: Linear, *, keep: bool) -> nn.Module | None:
-        wanted = isinstance(linear, Int8Linear) or not only_integers
-        return Projection(linear, keep=keep) if wanted and Projection.takes(linear) else None
+        return Projection(linear, keep=keep) if Projection.takes(linear) else None
 
     _replace(model, layout)
 
