@@ -43,6 +43,7 @@ constexpr int64_t TALL = 12;              // rows whose sums the registers hold
 constexpr int64_t STRIDE = 8;             // numbers of a row that are multiplied in a round
 constexpr int64_t LINE = 64;              // bytes that memory gives at once
 constexpr int64_t AHEAD = 6144;           // bytes
+constexpr int64_t APART = 2 * TALL;       // rows for each thread from which on each thread has rows of its own
 constexpr int64_t RARE = 16;              // places of a row for each stray that a group may have
 
 // How weights of a group are read: `AT_ONCE` pairs of each column together, from a *block*.
@@ -321,16 +322,19 @@ void multiply(const at::Tensor& x, const at::Tensor& laid, const float* scales, 
   const at::BFloat16* rows = x.const_data_ptr<at::BFloat16>();
   const char* weights = static_cast<const char*>(laid.const_data_ptr());
   at::BFloat16* to = output.data_ptr<at::BFloat16>();
-  // Where there are too few groups for all threads, each is multiplied with several shares of the rows.
-  const int64_t fair = 4 * at::get_num_threads(), most = (count + TALL - 1) / TALL;
-  const int64_t shares = groups >= fair ? 1 : std::min(most, (fair + groups - 1) / groups);
+  // Many rows are shared out among the threads, as they are by what comes before and after: each has its own at hand. So
+  // are some where there are too few groups for all threads.
+  const int64_t threads = at::get_num_threads(), fair = 4 * threads, most = (count + TALL - 1) / TALL;
+  const int64_t shares = count >= APART * threads ? threads
+                         : groups >= fair         ? 1
+                                                  : std::min(most, (fair + groups - 1) / groups);
   at::parallel_for(0, groups * shares, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t first = task / shares * COLUMNS, share = task % shares, columns = std::min(COLUMNS, width - first);
+      const int64_t share = task / groups, first = task % groups * COLUMNS, columns = std::min(COLUMNS, width - first);
       const int64_t start = count * share / shares, here = count * (share + 1) / shares - start;
       const int64_t tiles = (here + TALL - 1) / TALL;
       const Finish finish(scales, biases, first, columns);
-      const Group<Weights> group(weights + task / shares * record, depth);
+      const Group<Weights> group(weights + task % groups * record, depth);
       for (int64_t t = 0; t < tiles; ++t) {
         const int64_t row = start + here * t / tiles, rest = start + here * (t + 1) / tiles - row;
         tile_of<Weights>(rest, rows + row * depth, depth, group, t > 0, finish, columns, to + row * width + first, width);
