@@ -256,6 +256,17 @@ def test_beside_prompts_a_draft_costs_what_each_of_their_tokens_does() -> None:
     assert worth.least == pytest.approx(8 / 0.016 * 0.5 / 512, rel=0.01)
 
 
+def test_rows_that_are_free_only_after_others_are_not_free() -> None:
+    """Up to 64 tokens each takes a millisecond; as many again are thought to take nothing, since 100 did not take more."""
+    worth, plan = Worth(), Plan(ready=[SimpleNamespace(branches=range(32), order=0)])  # type: ignore[list-item]
+    for plan.tokens, seconds in ((32, 0.032), (64, 0.064), (100, 0.064)) * 10:
+        worth.begin(plan, [])
+        worth.learn(plan, 0.0, seconds)
+    plan.tokens = 32
+    worth.begin(plan, [])
+    assert worth.least == pytest.approx(32 / 0.032 * 0.032 / 64, rel=0.05)
+
+
 def test_beside_a_short_prompt_a_draft_costs_what_a_longer_pass_does() -> None:
     """A pass of 8 tokens takes no longer than one of 2: nor does one of 8 of which one is of a prompt."""
     worth, plan = Worth(), Plan(ready=[SimpleNamespace(branches=range(1), order=0)])  # type: ignore[list-item]

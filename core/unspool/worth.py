@@ -46,7 +46,7 @@ FORGET = 1024
 MARGIN = 0.02
 """By how much drafts must seem to make the batch faster: what is chosen for its estimate is rarely as good."""
 AHEAD, LEAST = 64, 0.02
-"""Of so many drafts that could be hung in a step the cheapest row is looked for. No draft is worth less of a token."""
+"""Up to so many drafts are weighed to tell what one takes where it takes least. None is worth less of a token."""
 TRIAL, MOST_REST = 16, 256
 """Steps after which it is asked whether drafts have paid, and the most for which they rest where they have not."""
 TRUST, PRIOR = 0.99, 16.0
@@ -258,8 +258,9 @@ class Worth:
             trial.rest -= 1
             self.least = math.inf
             return
-        seconds = self._step_seconds(np.arange(AHEAD + 1))
-        self.least = max(LEAST, float(self._branches / seconds[0] * np.diff(seconds).min()))
+        without, *with_them = self._step_seconds(np.arange(AHEAD + 1))
+        each = (np.array(with_them) - without) / np.arange(1, AHEAD + 1)
+        self.least = max(LEAST, float(self._branches / without * each.min()))
 
     def keep_the_best(self) -> None:
         """Delete the drafts that are not worth their rows, of all groups."""
