@@ -13,7 +13,7 @@ from unspool.plugin import Parameters, Plugin, hookimpl
 from unspool.runner import Batch, Output
 from unspool.schedule import Plan
 from unspool.step import Step
-from unspool.worth import FORGET, LEAST, TRIAL, Pace, Record, Trial, Worth
+from unspool.worth import FORGET, LEAST, REST, TRIAL, Pace, Record, Trial, Worth
 from unspool_testing.compare import check_equal, check_speculation
 from unspool_testing.driver import alone, drive, plugin, request
 from unspool_testing.hosts import Likeliest
@@ -214,7 +214,7 @@ def test_drafts_that_lost_a_trial_rest_twice_as_long_each_time_and_begin_again()
             trial.note(saved)
         rests.append(trial.rest)
         trial.rest = 0
-    assert rests == [16, 32, 64, 128, 0, 16]
+    assert rests == [REST, 2 * REST, 4 * REST, 8 * REST, 0, REST]
 
 
 class Laborious(Hopeful):
@@ -234,14 +234,14 @@ class Laborious(Hopeful):
 
 
 @pytest.mark.usefixtures("clock")
-@pytest.mark.parametrize(("thought", "least", "most"), [(0.0, 44, 60), (0.5, 16, 32)])
+@pytest.mark.parametrize(("thought", "least", "most"), [(0.0, 168, 200), (0.5, 32, 64)])
 def test_who_thinks_in_vain_for_longer_than_it_saves_is_asked_now_and_then(
     thought: float, least: int, most: int
 ) -> None:
     plain = Pipeline(plugin(Likeliest))
     wrong = Pipeline(plain.strategy, [plugin(Laborious, tokens=(1,), confidence=0.5, thought=thought)])
     Laborious.thoughts = 0
-    result = alone(Linear(4, table=SAME), [request(wrong, (2,), max_new_tokens=60, end_ids=())])[0]
+    result = alone(Linear(4, table=SAME), [request(wrong, (2,), max_new_tokens=200, end_ids=())])[0]
     assert result.stats.accepted == 0 and least <= Laborious.thoughts <= most
 
 
@@ -321,15 +321,15 @@ def test_other_requests_are_tried_however_the_last_ones_lost() -> None:
     trial.renew(1 / 8)
     assert (trial.rest, trial.next_rest) == (56, 112), "of eight requests one is new"
     trial.renew(1)
-    assert (trial.rest, trial.next_rest) == (0, TRIAL)
+    assert (trial.rest, trial.next_rest) == (0, REST)
 
 
 def test_a_new_request_ends_a_rest_and_one_that_goes_on_does_not() -> None:
     worth, live = Worth(), SimpleNamespace(branches=range(1), order=0)
     worth.begin(Plan(ready=[live], tokens=1), [])  # type: ignore[list-item]
-    worth._trials[1] = Trial(rest=64)
+    worth._trials[0] = Trial(rest=64)
     worth.begin(Plan(ready=[live], tokens=1), [])  # type: ignore[list-item]
-    assert worth.rests and worth._trials[1].rest == 63
+    assert worth.rests and worth._trials[0].rest == 63
     live.order = 1
     worth.begin(Plan(ready=[live], tokens=1), [])  # type: ignore[list-item]
     assert not worth.rests

@@ -283,6 +283,14 @@ class Step:
         lives = (self._rows.lives[request] for request in self._rows.request)
         return [worth.takes(live, caller, sure) for live, sure in zip(lives, confidence, strict=True)]
 
+    @property
+    def least_chance(self) -> float:
+        """Tell the chance below which no draft is worth its row in this step (in pre_forward).
+
+        It is meant for who can guess much at once: a guess that is far less likely need not be made.
+        """
+        return self.group.worth.least
+
     def pays(
         self, parents: Tensor | Sequence[int], confidence: Tensor | Sequence[float], companion: str | None = None
     ) -> bool:

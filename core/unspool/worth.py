@@ -47,8 +47,8 @@ MARGIN = 0.02
 """By how much drafts must seem to make the batch faster: what is chosen for its estimate is rarely as good."""
 AHEAD, LEAST = 64, 0.02
 """Up to so many drafts are weighed to tell what one takes where it takes least. None is worth less of a token."""
-TRIAL, MOST_REST = 16, 256
-"""Steps after which it is asked whether drafts have paid, and the most for which they rest where they have not."""
+TRIAL, REST, MOST_REST = 16, 32, 256
+"""Steps after which it is asked whether drafts have paid, and the fewest and most for which they rest if they have not."""
 TRUST, PRIOR = 0.99, 16.0
 """What a draft counts a step later when it is asked how many come true, and for how many this is believed at first."""
 LEVELS = 8
@@ -199,12 +199,12 @@ class Trial:
     left: int = TRIAL
     rest: int = 0
     """Steps for which they rest from now on."""
-    next_rest: int = TRIAL
+    next_rest: int = REST
 
     def renew(self, share: float) -> None:
         """Take less account of what was lost: `share` of the requests, of 1, have not been tried."""
         self.rest = int(self.rest * (1 - share))
-        self.next_rest = max(TRIAL, int(self.next_rest * (1 - share)))
+        self.next_rest = max(REST, int(self.next_rest * (1 - share)))
 
     def note(self, saved: float) -> None:
         """Take down the seconds that a step of it saved; they are negative if it was in vain."""
@@ -213,7 +213,7 @@ class Trial:
         if not self.left:
             lost = self.saved < 0
             self.rest = self.next_rest if lost else 0
-            self.next_rest = min(2 * self.next_rest, MOST_REST) if lost else TRIAL
+            self.next_rest = min(2 * self.next_rest, MOST_REST) if lost else REST
             self.saved, self.left = 0.0, TRIAL
 
 
@@ -373,7 +373,7 @@ class Worth:
 
     @property
     def _trial(self) -> Trial:
-        return self._trials.setdefault(self._branches.bit_length(), Trial())
+        return self._trials.setdefault((self._branches - 1).bit_length(), Trial())
 
     def _fixed(self) -> int:
         """Count the drafts of this step that are run whatever they cost."""

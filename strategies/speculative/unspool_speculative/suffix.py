@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 LOOK_BACK = 64
 """Tokens of a path that are matched with what was said elsewhere."""
+UNLIKELY = 0.5
+"""Guesses are made down to this share of the least chance that is worth a row: how sure they are may be better than told."""
 
 
 class Said(Protocol):
@@ -127,10 +129,11 @@ class Suffix(Plugin):
         owns, place = step.own(self), defaultdict[int, Iterator[int]](itertools.count)
         found = [_find(owns[request], next(place[request]), path[:length]) for path, length, request in rows]
         takes = step.takes([sure(matched, 0) for matched, _, _ in found]) if adapt else [True] * count
+        least = UNLIKELY * step.least_chance if adapt else 0.0
         guesses: list[list[Guess]] = []
         for (matched, said, state), taken, budget in zip(found, takes, step.budget.tolist(), strict=True):
             enough = taken and matched >= self.params.min_match
-            guesses.append(likeliest(said, state, matched, min(self.params.length, budget)) if enough else [])
+            guesses.append(likeliest(said, state, matched, min(self.params.length, budget), least) if enough else [])
         hang(step, guesses, adapt=adapt)
 
 
@@ -156,8 +159,8 @@ def _find(own: Own, place: int, path: NDArray[np.int64]) -> tuple[int, Said, Any
     return (elsewhere, automaton, state) if elsewhere > matched else (matched, echoes, echoes.ends)
 
 
-def likeliest(said: Said, state: Any, matched: int, most: int) -> list[Guess]:
-    """Grow the tree of what followed a state, the likeliest node first."""
+def likeliest(said: Said, state: Any, matched: int, most: int, least: float = 0.0) -> list[Guess]:
+    """Grow the tree of what followed a state, the likeliest node first, and none that is less likely than `least`."""
     guesses: list[Guess] = []
     heap: list[tuple[float, int, int, int, float, Any, int]] = []
     order = 0
@@ -168,8 +171,9 @@ def likeliest(said: Said, state: Any, matched: int, most: int) -> list[Guess]:
         total = sum(count for _, _, count in following)
         for token, to, count in following:
             confidence = count / total * sure(matched, depth)
-            heapq.heappush(heap, (-chance * confidence, order, parent, token, confidence, to, depth))
-            order += 1
+            if chance * confidence >= least:
+                heapq.heappush(heap, (-chance * confidence, order, parent, token, confidence, to, depth))
+                order += 1
 
     push(-1, state, 1.0, 0)
     while heap and len(guesses) < most:
