@@ -257,7 +257,7 @@ def test_beside_prompts_a_draft_costs_what_each_of_their_tokens_does() -> None:
 
 
 def test_rows_that_are_free_only_after_others_are_not_free() -> None:
-    """Up to 64 tokens each takes a millisecond; as many again are thought to take nothing, since 100 did not take more."""
+    """Up to 64 tokens each takes a millisecond; more are thought to take nothing, since 100 did not take longer."""
     worth, plan = Worth(), Plan(ready=[SimpleNamespace(branches=range(32), order=0)])  # type: ignore[list-item]
     for plan.tokens, seconds in ((32, 0.032), (64, 0.064), (100, 0.064)) * 10:
         worth.begin(plan, [])

@@ -48,7 +48,7 @@ MARGIN = 0.02
 AHEAD, LEAST = 64, 0.02
 """Up to so many drafts are weighed to tell what one takes where it takes least. None is worth less of a token."""
 TRIAL, REST, MOST_REST = 16, 32, 256
-"""Steps after which it is asked whether drafts have paid, and the fewest and most for which they rest if they have not."""
+"""Steps after which it is asked whether drafts have paid, and the fewest and most for which they rest if not."""
 TRUST, PRIOR = 0.99, 16.0
 """What a draft counts a step later when it is asked how many come true, and for how many this is believed at first."""
 LEVELS = 8

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 LOOK_BACK = 64
 """Tokens of a path that are matched with what was said elsewhere."""
 UNLIKELY = 0.5
-"""Guesses are made down to this share of the least chance that is worth a row: how sure they are may be better than told."""
+"""Guesses are made down to this share of the least chance that is worth a row: they may be likelier than they seem."""
 
 
 class Said(Protocol):
