@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 LAST = -1
 """The layer that likeness is measured in: after the final norm."""
+_LEAST_NORM = 1e-12
+"""Of a vector that has a direction."""
 _AT_ONCE = 1 << 22
 """Products of hidden states that are made before they are summed."""
 
@@ -80,36 +82,48 @@ class ContrastiveSearch(Plugin):
         if len(rows) < len(logits):
             logits = logits[rows]
         tokens = likeliest(logits, self._most(logits))
+        values = logits.gather(1, tokens)
         # What is forbidden is no candidate: it would be chosen for being unlike everything else.
-        possible = (logits.gather(1, tokens) - logits.amax(dim=-1, keepdim=True)).exp() > 0
+        possible = (values - values[:, :1]).exp() > 0
         parents = step.node[rows].unsqueeze(1).expand_as(tokens)
         step.draft(parents[possible], tokens[possible])
 
     def _choose(self, step: Step, logits: Tensor, drafts: Drafts) -> Growth:
         """Grow each row whose candidates have run by the best of them."""
-        ran = drafts.ran.to(drafts.row.device)  # one that is impossible has not
-        row, token, node = drafts.row[ran], drafts.token[ran], drafts.node[ran]
+        row, token, node = drafts.row, drafts.token, drafts.node
+        if not bool(drafts.ran.all()):  # one that is impossible has not
+            ran = drafts.ran.to(row.device)
+            row, token, node = row[ran], token[ran], node[ran]
         if not len(row):
             return Growth(row=row, token=token)
-        numbers = torch.arange(len(row), device=row.device)
-        place = numbers - torch.searchsorted(row, row)  # among the candidates of its row, which are adjacent
         shape = len(logits), self._most(logits)
-        hidden = step.hidden(LAST, node).to(logits)
-        candidates = hidden.new_zeros((*shape, hidden.shape[-1]))
-        candidates[row, place] = hidden
-        likeness = nearest(candidates, *step.path_hidden(LAST))[row, place]
-        confidence = logits.log_softmax(dim=-1)[row, token].exp()
-        scores = logits.new_full(shape, -torch.inf)
-        scores[row, place] = (1 - self.params.alpha) * confidence - self.params.alpha * likeness
-        tokens = token.new_zeros(shape)
-        tokens[row, place] = token
-        ready = row[place == 0]
-        return Growth(row=ready, token=tokens[ready, scores.argmax(dim=-1)[ready]])
+        hidden, is_there = step.hidden(LAST, node).to(logits), None
+        if len(row) < shape[0] * shape[1]:  # some rows have less, or none
+            numbers = torch.arange(len(row), device=row.device)
+            place = numbers - torch.searchsorted(row, row)  # among the candidates of its row, which are adjacent
+            is_there = torch.zeros(shape, dtype=torch.bool, device=row.device)
+            is_there[row, place] = True
+            hidden, token = (_spread(values, is_there) for values in (hidden, token))
+        candidates, tokens = hidden.view(*shape, -1), token.view(shape)
+        likeness = nearest(candidates, *step.path_hidden(LAST))
+        confidence = logits.log_softmax(dim=-1).gather(1, tokens).exp()
+        scores = (1 - self.params.alpha) * confidence - self.params.alpha * likeness
+        if is_there is not None:
+            scores.masked_fill_(~is_there, -torch.inf)
+        ready = torch.arange(len(logits), device=row.device) if is_there is None else row[place == 0]
+        return Growth(row=ready, token=tokens.gather(1, scores.argmax(dim=-1, keepdim=True)).squeeze(1)[ready])
 
     def _most(self, logits: Tensor) -> int:
         """Say how many candidates a row has at most."""
         top_k: int = self.params.top_k
         return min(top_k, logits.shape[-1])
+
+
+def _spread(values: Tensor, there: Tensor) -> Tensor:
+    """Put values `[m, ...]` where there are to be any, row by row, and zeros elsewhere: `[rows, k, ...]`."""
+    spread = values.new_zeros((*there.shape, *values.shape[1:]))
+    spread[there] = values
+    return spread
 
 
 def nearest(candidates: Tensor, path: Tensor, there: Tensor) -> Tensor:
@@ -127,16 +141,16 @@ def nearest(candidates: Tensor, path: Tensor, there: Tensor) -> Tensor:
         `[rows, k]`.
     """
     rows = max(1, _AT_ONCE // (candidates.shape[1] * path[0].numel()))
-    cosines = torch.cat(
-        [_cosines(*some) for some in zip(torch.split(candidates, rows), torch.split(path, rows), strict=True)]
-    )
+    parts = zip(torch.split(candidates, rows), torch.split(path, rows), strict=True)
+    cosines = torch.cat([_cosines(*some) for some in parts]) if len(path) > rows else _cosines(candidates, path)
     return cosines.masked_fill(~there.unsqueeze(1), -torch.inf).amax(dim=-1)
 
 
 def _cosines(candidates: Tensor, path: Tensor) -> Tensor:
     """Give the cosine of each candidate `[rows, k, width]` with each place of a path: `[rows, k, longest]`."""
-    candidates, path = normalize(candidates, dim=-1), normalize(path.to(candidates), dim=-1)
-    return (candidates.unsqueeze(2) * path.unsqueeze(1)).sum(dim=-1)
+    candidates, path = normalize(candidates, dim=-1), path.to(candidates)
+    products = (candidates.unsqueeze(2) * path.unsqueeze(1)).sum(dim=-1)
+    return products / path.norm(dim=-1).clamp_(min=_LEAST_NORM).unsqueeze(1)
 
 
 def likeliest(logits: Tensor, count: int) -> Tensor:

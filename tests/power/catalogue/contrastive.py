@@ -33,8 +33,8 @@ FAULTS: tuple[Fault, ...] = (
         "reference",
         edit(
             _cosines,
-            "candidates, path = normalize(candidates, dim=-1), normalize(path.to(candidates), dim=-1)",
-            "path = path.to(candidates)",
+            ("candidates, path = normalize(candidates, dim=-1), path.to(candidates)", "path = path.to(candidates)"),
+            (" / path.norm(dim=-1).clamp_(min=_LEAST_NORM).unsqueeze(1)", ""),
         ),
     ),
     fault(
@@ -49,8 +49,8 @@ FAULTS: tuple[Fault, ...] = (
         "reference",
         edit(
             ContrastiveSearch._choose,
-            "confidence = logits.log_softmax(dim=-1)[row, token].exp()",
-            "confidence = logits[row, token]",
+            "logits.log_softmax(dim=-1).gather(1, tokens).exp()",
+            "logits.gather(1, tokens)",
         ),
     ),
     fault(
