@@ -4,10 +4,10 @@
                                 [--repeats 15] [--compile auto] [--json OUT]
 
 A pass is one call of the runner: steps of so many rows, each after so many tokens of its own, and prompts of which the
-last token's logits are wanted. The products are all of the model's linear layers on as many random rows, one after
-another, those of one input joined: by torch as they are, and laid out for oneDNN in each dtype in which the processor
-multiplies; the quickest of these counts. Figures are medians; a share is the products' time over the pass's.
-`unspool compile` before says what is measured; what was compiled is told.
+last token's logits are wanted, one or several together. The products are all of the model's linear layers on as many
+random rows, one after another, those of one input joined: by torch as they are, and laid out for oneDNN in each dtype
+in which the processor multiplies; the quickest of these counts. Figures are medians; a share is the products' time over
+the pass's. `unspool compile` before says what is measured; what was compiled is told.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ from unspool.huggingface.load import load, local_folder
 from unspool.huggingface.projections import Packed, Part, can_pack, join
 from unspool.runner import Batch, Span
 
+SHORT, FULL = 136, 512
+"""What 32 ragged prompts of 16 to 256 tokens are on average, and the tokens of one of their passes."""
+
 
 def step(rows: int, context: int, vocab: int) -> Batch:
     """Make a step: every row has a context of its own, in one piece."""
@@ -43,6 +46,15 @@ def prompt(length: int, vocab: int) -> Batch:
     places = np.arange(length)
     tokens = np.random.default_rng(length).integers(100, vocab, length)
     return Batch(tokens, places, places, [Span(0, length, slice(0, length))], places[-1:])
+
+
+def prompts(total: int, length: int, vocab: int) -> Batch:
+    """Make as many prompts of a length as fill a pass, the last of them cut short. The last token of each is wanted."""
+    places = np.arange(total)
+    starts = range(0, total, length)
+    spans = [Span(start, min(length, total - start), slice(start, min(start + length, total))) for start in starts]
+    tokens = np.random.default_rng(total).integers(100, vocab, total)
+    return Batch(tokens, places % length, places, spans, np.array([span.context.stop - 1 for span in spans]))
 
 
 @torch.no_grad()
@@ -92,13 +104,14 @@ def main() -> None:
     parser.add_argument("--compile", default="auto", choices=["off", "auto"])
     parser.add_argument("--json", help="write the figures to this file")
     options = parser.parse_args()
-    rows, prompts = ([int(n) for n in given.split(",") if n] for given in (options.rows, options.prompts))
+    rows, lengths = ([int(n) for n in given.split(",") if n] for given in (options.rows, options.prompts))
     dtype = getattr(torch, options.dtype)
     runner = load("smollm2", dtype=options.dtype, compile=options.compile).runner  # on this thread, as the products are
-    runner.allocate(max([options.context * max(rows, default=0), *prompts]))
+    runner.allocate(max([options.context * max(rows, default=0), FULL, *lengths]))
     batches = [
         *((f"{n} rows", step(n, options.context, runner.vocab_size)) for n in rows),
-        *((f"a prompt of {n}", prompt(n, runner.vocab_size)) for n in prompts),
+        *((f"a prompt of {n}", prompt(n, runner.vocab_size)) for n in lengths),
+        (f"prompts of {SHORT}, {FULL} in all", prompts(FULL, SHORT, runner.vocab_size)),
     ]
     linears = ways(dtype)
     print(versions(), "compiled:", " ".join(runner.compiled) or "nothing")

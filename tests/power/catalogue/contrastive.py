@@ -34,7 +34,7 @@ FAULTS: tuple[Fault, ...] = (
         edit(
             _cosines,
             ("candidates, path = normalize(candidates, dim=-1), path.to(candidates)", "path = path.to(candidates)"),
-            (" / path.norm(dim=-1).clamp_(min=_LEAST_NORM).unsqueeze(1)", ""),
+            (" / norms.unsqueeze(1)", ""),
         ),
     ),
     fault(
