@@ -41,36 +41,6 @@ constexpr float NONE = -std::numeric_limits<float>::infinity();
 
 constexpr int64_t up_to(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
-// exp(x) for x <= 0 to within 2 units in the last place where that is a normal number; below -87 it is
-// 0 or next to it.
-inline Vector exponential(Vector x) {
-#if defined(__AVX512F__)
-  const Vector kept = reinterpret_cast<Vector>(_mm512_max_ps(_mm512_set1_ps(-150.0f), reinterpret_cast<__m512>(x)));
-  const __m512 log = reinterpret_cast<__m512>(kept * 1.44269504088896341f);
-  const Vector whole = reinterpret_cast<Vector>(_mm512_roundscale_ps(log, _MM_FROUND_TO_NEAREST_INT));
-#else
-  const Whole tiny = x < all(-87.0f);
-  const Vector kept = tiny ? all(-87.0f) : x;
-  const Whole power = __builtin_convertvector(kept * 1.44269504088896341f - 0.5f, Whole);  // x <= 0: rounds to nearest
-  const Vector whole = __builtin_convertvector(power, Vector);
-#endif
-  Vector r = kept - whole * 0.693359375f;
-  r = r + whole * 2.12194440e-4f;
-  Vector y = all(1.9875691500e-4f);
-  y = y * r + 1.3981999507e-3f;
-  y = y * r + 8.3334519073e-3f;
-  y = y * r + 4.1665795894e-2f;
-  y = y * r + 1.6666665459e-1f;
-  y = y * r + 5.0000001201e-1f;
-  y = y * r * r + r + 1.0f;
-#if defined(__AVX512F__)
-  return reinterpret_cast<Vector>(_mm512_scalef_ps(reinterpret_cast<__m512>(y), reinterpret_cast<__m512>(whole)));
-#else
-  const Whole bits = reinterpret_cast<Whole>(y) + (power << 23);
-  return tiny ? Vector{} : reinterpret_cast<Vector>(bits);
-#endif
-}
-
 // What memory is asked for while something else is computed, since a decode step waits for little else: a block that is
 // read soon. It comes into the second cache; the first takes so few requests at a time that it would wait for them.
 template <typename T>

@@ -3,7 +3,7 @@
 Attention reads keys and values where they lie in the pool, any path of any tree, and a prefix that many paths share
 once for all of them (`attention.cpp`). Products of bfloat16 rows with bfloat16 or 8-bit weights cost what reading these
 or multiplying takes (`products.cpp`); they are there where the processor multiplies bfloat16 and looks bytes up in
-tables (`projections.py`). Where there is no C++ compiler, or on a GPU, attention is plain torch (`plan.py`); a GPU may
+tables (`projections.py`). Divergences of distributions (`distributions.cpp`) serve `unspool.distributions`. Where there is no C++ compiler, or on a GPU, attention is plain torch (`plan.py`); a GPU may
 use `flex.py`.
 """
 
@@ -25,7 +25,7 @@ from unspool.errors import ModelError
 from unspool.huggingface import cache
 
 _log = logging.getLogger(__name__)
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("attention.cpp", "products.cpp"))
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("attention.cpp", "products.cpp", "distributions.cpp"))
 _HEADER = Path(__file__).with_name("vectors.h")
 _FLAGS = ("-O3", "-std=c++20", "-shared", "-fPIC", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi")
 _TIMEOUT_S = 600

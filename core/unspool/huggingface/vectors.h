@@ -1,5 +1,5 @@
-// Vectors of float32 as wide as the processor has them, how they are loaded and stored in each dtype, and products of pairs
-// of bfloat16 numbers where it has those.
+// Vectors of float32 as wide as the processor has them, how they are loaded and stored in each dtype, functions of them, and
+// products of pairs of bfloat16 numbers where it has those.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -86,6 +86,57 @@ struct Element<c10::Half> {
 };
 
 inline Vector all(float x) { return x - Vector{}; }  // unlike 0 + x, nothing is left of it but the copies
+
+// exp(x) for x <= 0 to within 2 units in the last place where that is a normal number; below -87 it is
+// 0 or next to it.
+inline Vector exponential(Vector x) {
+#if defined(__AVX512F__)
+  const Vector kept = reinterpret_cast<Vector>(_mm512_max_ps(_mm512_set1_ps(-150.0f), reinterpret_cast<__m512>(x)));
+  const __m512 log = reinterpret_cast<__m512>(kept * 1.44269504088896341f);
+  const Vector whole = reinterpret_cast<Vector>(_mm512_roundscale_ps(log, _MM_FROUND_TO_NEAREST_INT));
+#else
+  const Whole tiny = x < all(-87.0f);
+  const Vector kept = tiny ? all(-87.0f) : x;
+  const Whole power = __builtin_convertvector(kept * 1.44269504088896341f - 0.5f, Whole);  // x <= 0: rounds to nearest
+  const Vector whole = __builtin_convertvector(power, Vector);
+#endif
+  Vector r = kept - whole * 0.693359375f;
+  r = r + whole * 2.12194440e-4f;
+  Vector y = all(1.9875691500e-4f);
+  y = y * r + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * r * r + r + 1.0f;
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vector>(_mm512_scalef_ps(reinterpret_cast<__m512>(y), reinterpret_cast<__m512>(whole)));
+#else
+  const Whole bits = reinterpret_cast<Whole>(y) + (power << 23);
+  return tiny ? Vector{} : reinterpret_cast<Vector>(bits);
+#endif
+}
+
+// log(x) for normal x above 0, to within 2 units in the last place where it is not next to 0.
+inline Vector logarithm(Vector x) {
+  const Whole bits = reinterpret_cast<Whole>(x);
+  Vector fraction = reinterpret_cast<Vector>((bits & 0x7fffff) | 0x3f800000);  // from 1 to 2
+  const Whole large = fraction > all(1.41421356237f);
+  fraction = large ? fraction * 0.5f : fraction;
+  const Vector power = __builtin_convertvector((bits >> 23) - 127 - large, Vector);  // true is -1
+  const Vector r = fraction - 1.0f, square = r * r;
+  Vector y = all(7.0376836292e-2f);
+  y = y * r - 1.1514610310e-1f;
+  y = y * r + 1.1676998740e-1f;
+  y = y * r - 1.2420140846e-1f;
+  y = y * r + 1.4249322787e-1f;
+  y = y * r - 1.6668057665e-1f;
+  y = y * r + 2.0000714765e-1f;
+  y = y * r - 2.4999993993e-1f;
+  y = y * r + 3.3333331174e-1f;
+  y = y * r * square - power * 2.12194440e-4f - square * 0.5f;
+  return r + y + power * 0.693359375f;
+}
 
 // Join all numbers of a vector by an operation on two vectors.
 template <typename V, typename Join>

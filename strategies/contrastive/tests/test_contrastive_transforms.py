@@ -26,7 +26,7 @@ from unspool.request import PreparedRequest, Result
 from unspool_beam.log_softmax import LogSoftmax
 from unspool_contrastive.contrast import contrast
 from unspool_contrastive.decoding import ContrastiveDecoding
-from unspool_contrastive.dola import Dola, Said, divergence
+from unspool_contrastive.dola import Dola
 from unspool_contrastive.guidance import Guidance
 from unspool_contrastive.search import ContrastiveSearch
 from unspool_testing import hosts
@@ -291,16 +291,6 @@ def test_the_plausible_are_those_with_a_fraction_of_the_best_probability(alpha: 
     contrast(logits, torch.zeros(1, 5, dtype=torch.float64), torch.tensor([[alpha]], dtype=torch.float64))
     expected = [0, *([1] if alpha <= 0.5 else []), 2]
     assert (logits[0] > -INF).nonzero().flatten().tolist() == expected
-
-
-def test_a_divergence_is_symmetric_and_bounded() -> None:
-    p = torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0], [0.2, 0.3, 0.5]], dtype=torch.float64)
-    q = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0], [0.5, 0.3, 0.2]], dtype=torch.float64)
-    one, other = (Said.of(each.log() + 3, torch.float64) for each in (p, q))
-    there, back = divergence(one, other), divergence(other, one)
-    mean = torch.tensor([0.35, 0.3, 0.35], dtype=torch.float64)
-    assert there.tolist() == pytest.approx([0.0, math.log(2), (kl(p[2], mean) + kl(q[2], mean)) / 2])
-    assert torch.allclose(there, back)
 
 
 # ---- DoLa ------------------------------------------------------------------------------------------------------------

@@ -5,8 +5,7 @@ token the candidate layer whose distribution lies farthest from the final one is
 log-probabilities are contrasted with its own, among the tokens that the final layer finds plausible.
 
     q_j     =  softmax(head(hidden state of layer j)),   j in layers
-    q       =  the q_j of the largest  JSD(p', q_j) = KL(p' | m) / 2 + KL(q_j | m) / 2
-                                                    = H(m) - H(p') / 2 - H(q_j) / 2,   m = (p' + q_j) / 2
+    q       =  the q_j of the largest  JSD(p', q_j) = KL(p' | m) / 2 + KL(q_j | m) / 2,   m = (p' + q_j) / 2
     V       =  { t : p[t] >= alpha max p }
     out[t]  =  log p[t] - log q[t]   for t in V,   -inf  elsewhere                                (Chuang et al. 2023)
 
@@ -17,14 +16,14 @@ the vocabulary.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
+from unspool.distributions import divergence
 from unspool.plugin import Parameters, Plugin, hookimpl, per_request
 from unspool_contrastive.contrast import contrast
 
@@ -33,8 +32,6 @@ if TYPE_CHECKING:
 
 _HEAD_ROWS = 64
 """How many rows the output matrix is applied to at once: reading it costs what it does, however few they are."""
-_ROWS = 8
-"""How many rows are compared at once: what is known of them stays near the processor."""
 
 
 class Dola(Plugin):
@@ -62,11 +59,10 @@ class Dola(Plugin):
     @hookimpl
     def logits_transform(self, step: Step, logits: Tensor) -> None:
         """Contrast every row with its own premature layer."""
-        final, each = Said.of(step.raw, logits.dtype), torch.arange(len(logits), device=logits.device)
+        p, each = step.raw.to(logits.dtype).softmax(dim=-1), torch.arange(len(logits), device=logits.device)
         farthest, premature = logits.new_full((len(logits),), -1.0), step.raw
         for early in self._said_early(step):
-            few = torch.split(early, max(1, _ROWS // len(logits)))
-            distances = torch.cat([divergence(final, Said.of(layers, logits.dtype)) for layers in few])
+            distances = divergence(p, early)
             distance, layer = distances.max(dim=0)
             nearer = (distance <= farthest).unsqueeze(-1)  # a NaN is taken, and so is seen
             premature = torch.where(nearer, premature, early[layer, each])
@@ -80,37 +76,3 @@ class Dola(Plugin):
         for first in range(0, len(layers), at_once):
             hidden = torch.cat([step.hidden(layer) for layer in layers[first : first + at_once]])
             yield step.head(hidden).view(-1, *step.raw.shape)
-
-
-class Said(NamedTuple):
-    """Distributions, as their divergence needs them.
-
-    Args:
-        p: `[..., vocab]` probabilities.
-        entropy: `[...]`, in nats.
-    """
-
-    p: Tensor
-    entropy: Tensor
-
-    @classmethod
-    def of(cls, logits: Tensor, dtype: torch.dtype) -> Said:
-        """Make them of logits `[..., vocab]`, of which some may be -inf."""
-        logits = logits.to(dtype, copy=True)
-        p = logits.softmax(dim=-1)
-        norm = logits.amax(dim=-1) - p.amax(dim=-1).log()
-        return cls(p, norm - logits.clamp_(min=torch.finfo(dtype).min).mul_(p).sum(dim=-1))  # 0 times -inf is 0 here
-
-
-def divergence(one: Said, other: Said) -> Tensor:
-    """Give the Jensen-Shannon divergence of distributions, in nats.
-
-    By entropies, so that a vocabulary is gone through as few times as can be: a row of each takes an exponential and a
-    logarithm a token. What is lost of it by rounding is that of the entropies.
-
-    Returns:
-        `[...]`, from 0 to log 2.
-    """
-    both = (one.p + other.p).clamp_(min=torch.finfo(one.p.dtype).tiny)
-    mean = math.log(2) - (both.log().mul_(both)).sum(dim=-1) / 2
-    return mean - (one.entropy + other.entropy) / 2

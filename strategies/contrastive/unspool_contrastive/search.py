@@ -150,7 +150,7 @@ def _cosines(candidates: Tensor, path: Tensor) -> Tensor:
     """Give the cosine of each candidate `[rows, k, width]` with each place of a path: `[rows, k, longest]`."""
     candidates, path = normalize(candidates, dim=-1), path.to(candidates)
     products = (candidates.unsqueeze(2) * path.unsqueeze(1)).sum(dim=-1)
-    norms: Tensor = path.norm(dim=-1).clamp_(min=_LEAST_NORM)  # type: ignore[no-untyped-call]
+    norms: Tensor = path.norm(dim=-1).clamp_(min=_LEAST_NORM)
     return products / norms.unsqueeze(1)
 
 

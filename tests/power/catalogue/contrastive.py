@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from power.fault import Fault, fault
 from power.slips import edit
+from unspool.distributions import divergence
 from unspool_contrastive.contrast import contrast
 from unspool_contrastive.decoding import ContrastiveDecoding
-from unspool_contrastive.dola import Dola, divergence
+from unspool_contrastive.dola import Dola
 from unspool_contrastive.guidance import Guidance
 from unspool_contrastive.search import ContrastiveSearch, _cosines, nearest
 
@@ -129,7 +130,7 @@ FAULTS: tuple[Fault, ...] = (
         "DoLa measures layers against the logits that plugins before it left",
         "dola",
         "reference",
-        edit(Dola.logits_transform, "Said.of(step.raw, logits.dtype)", "Said.of(logits, logits.dtype)"),
+        edit(Dola.logits_transform, "step.raw.to(logits.dtype).softmax(dim=-1)", "logits.softmax(dim=-1)"),
     ),
     fault(
         "a Jensen-Shannon divergence is half a Kullback-Leibler one",
@@ -137,8 +138,8 @@ FAULTS: tuple[Fault, ...] = (
         "reference",
         edit(
             divergence,
-            ("mul_(both)).sum(dim=-1) / 2", "mul_(one.p)).sum(dim=-1)"),
-            ("mean - (one.entropy + other.entropy) / 2", "(mean - one.entropy) / 2"),
+            "_entropy((p + q) / 2) - (_entropy(p) + _entropy(q)) / 2",
+            "(torch.xlogy(p, p) - torch.xlogy(p, (p + q) / 2)).sum(dim=-1) / 2",
         ),
     ),
     fault(
