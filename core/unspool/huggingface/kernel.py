@@ -3,8 +3,8 @@
 Attention reads keys and values where they lie in the pool, any path of any tree, and a prefix that many paths share
 once for all of them (`attention.cpp`). Products of bfloat16 rows with bfloat16 or 8-bit weights cost what reading these
 or multiplying takes (`products.cpp`); they are there where the processor multiplies bfloat16 and looks bytes up in
-tables (`projections.py`). Divergences of distributions (`distributions.cpp`) serve `unspool.distributions`. Where there is no C++ compiler, or on a GPU, attention is plain torch (`plan.py`); a GPU may
-use `flex.py`.
+tables (`projections.py`). Divergences of distributions (`distributions.cpp`) serve `unspool.distributions`. Where there
+is no C++ compiler, or on a GPU, attention is plain torch (`plan.py`); a GPU may use `flex.py`.
 """
 
 from __future__ import annotations

@@ -60,13 +60,17 @@ class Dola(Plugin):
     def logits_transform(self, step: Step, logits: Tensor) -> None:
         """Contrast every row with its own premature layer."""
         p, each = step.raw.to(logits.dtype).softmax(dim=-1), torch.arange(len(logits), device=logits.device)
-        farthest, premature = logits.new_full((len(logits),), -1.0), step.raw
+        premature = farthest = None
         for early in self._said_early(step):
             distances = divergence(p, early)
             distance, layer = distances.max(dim=0)
-            nearer = (distance <= farthest).unsqueeze(-1)  # a NaN is taken, and so is seen
-            premature = torch.where(nearer, premature, early[layer, each])
-            farthest = farthest.maximum(distance)
+            own = early[layer, each]
+            if premature is None or farthest is None:
+                premature, farthest = own, distance
+            else:
+                nearer = (distance <= farthest).unsqueeze(-1)  # a NaN is taken, and so is seen
+                premature, farthest = torch.where(nearer, premature, own), farthest.maximum(distance)
+        assert premature is not None, "there is at least one layer"
         against = premature.to(logits).log_softmax(dim=-1)
         contrast(logits, against, step.values(self, "alpha").to(logits).unsqueeze(-1))
 

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+
 from unspool.distributions import divergence
 from unspool.huggingface import kernel
 
