@@ -11,7 +11,8 @@ turn, ends ignored, random prompts. Figures are medians of the rounds.
 - width: beam search of one prompt of 128 tokens, which is counted; `new` tokens.
 - drafts: decode steps of one prompt that repeats itself, by the length of `prompt_lookup`'s drafts, all of them run.
 
-KV is what keys and values take at most: ours are slots taken at once, theirs the cache that `generate` returns. The
+KV is what keys and values take at most: ours are slots taken at once (no prompts are kept), theirs the cache that
+`generate` returns. The
 limit is what a step of that batch can reach at best: it reads all weights, keys and values once at the measured
 bandwidth of the memory, and computes at the measured speed of a large product.
 """
@@ -104,7 +105,7 @@ def measure(options: argparse.Namespace, about: dict[str, Any]) -> list[dict[str
     with told(turns) as progress:
         for dtype in options.dtypes:
             with ExitStack() as stack:
-                settings = {"token_budget": ONE_PASS, **options.unspool}
+                settings = {"token_budget": ONE_PASS, "prefix_cache": False, **options.unspool}
                 sides = [
                     Side("unspool", dtype, options.threads, settings),
                     Side("transformers", dtype, options.threads),
