@@ -12,9 +12,9 @@ turn, ends ignored, random prompts. Figures are medians of the rounds.
 - drafts: decode steps of one prompt that repeats itself, by the length of `prompt_lookup`'s drafts, all of them run.
 
 KV is what keys and values take at most: ours are slots taken at once (no prompts are kept), theirs the cache that
-`generate` returns. The
-limit is what a step of that batch can reach at best: it reads all weights, keys and values once at the measured
-bandwidth of the memory, and computes at the measured speed of a large product.
+`generate` returns. The limit is what a step of that batch can reach at best: it reads all weights (in their dtype;
+compiled bfloat16 ones are kept in three quarters of it), keys and values once at the measured bandwidth of the memory,
+and computes at the measured speed of a large product.
 """
 
 from __future__ import annotations
