@@ -19,7 +19,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 #include <numeric>
 #include <optional>
 #include <type_traits>
@@ -37,7 +36,6 @@ constexpr int FEW = 4;      // so many of fewer than 8 are looked at together
 constexpr int MR = 6;       // rows in a register tile
 constexpr int NV = W / 4;   // and vectors of columns
 constexpr int DIRECT = 24;  // so many rows read values as they lie, widening them anew for each tile
-constexpr float NONE = -std::numeric_limits<float>::infinity();
 
 constexpr int64_t up_to(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
@@ -606,19 +604,7 @@ at::Tensor attend(const at::Tensor& query_, const at::Tensor& key_, const at::Te
   };
   TORCH_CHECK(query.scalar_type() == at::kFloat || query.scalar_type() == keys.scalar_type(),
               "unspool::attend takes queries of float32 or of the pool's dtype, not ", query.scalar_type());
-  switch (keys.scalar_type()) {
-    case at::kFloat:
-      with(float{});
-      break;
-    case at::kBFloat16:
-      with(at::BFloat16{});
-      break;
-    case at::kHalf:
-      with(at::Half{});
-      break;
-    default:
-      TORCH_CHECK(false, "unspool::attend keeps float32, bfloat16 and float16, not ", keys.scalar_type());
-  }
+  by_dtype(keys.scalar_type(), "unspool::attend keeps", with);
   return output;
 }
 

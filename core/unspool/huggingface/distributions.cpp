@@ -21,7 +21,6 @@ namespace {
 using namespace unspool;
 
 constexpr int64_t BLOCK = 32 * W;  // numbers that are summed before they are added to the others
-constexpr float NONE = -std::numeric_limits<float>::infinity();
 constexpr float TINY = std::numeric_limits<float>::min();
 constexpr float LOWEST = -150.0f;  // of an exponent: the power is 0
 
@@ -107,19 +106,7 @@ at::Tensor divergence(const at::Tensor& p_, const at::Tensor& logits_) {
         to[row] = divergence_of(ps + row % n * vocab, known[row % n], from + row * vocab, vocab);
     });
   };
-  switch (logits.scalar_type()) {
-    case at::kFloat:
-      with(float{});
-      break;
-    case at::kBFloat16:
-      with(at::BFloat16{});
-      break;
-    case at::kHalf:
-      with(at::Half{});
-      break;
-    default:
-      TORCH_CHECK(false, "unspool::divergence takes logits of float32, bfloat16 or float16, not ", logits.scalar_type());
-  }
+  by_dtype(logits.scalar_type(), "unspool::divergence takes logits of", with);
   return output;
 }
 

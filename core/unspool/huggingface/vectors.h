@@ -2,11 +2,14 @@
 // products of pairs of bfloat16 numbers where it has those.
 #pragma once
 
+#include <c10/core/ScalarType.h>
 #include <c10/util/BFloat16.h>
+#include <c10/util/Exception.h>
 #include <c10/util/Half.h>
 
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -24,6 +27,7 @@ constexpr bool PAIRS = true;  // two bfloat16 numbers are multiplied with two ot
 #else
 constexpr bool PAIRS = false;
 #endif
+constexpr float NONE = -std::numeric_limits<float>::infinity();
 typedef float Vector __attribute__((vector_size(W * 4)));
 typedef float Loose __attribute__((vector_size(W * 4), aligned(4), may_alias));
 typedef int32_t Whole __attribute__((vector_size(W * 4)));
@@ -84,6 +88,21 @@ struct Element<c10::Half> {
   }
   static c10::Half rounded(float x) { return c10::Half(x); }
 };
+
+// Call something with a number of the dtype, if there are vectors of it; `who` refuses others.
+template <typename With>
+void by_dtype(c10::ScalarType dtype, const char* who, With with) {
+  switch (dtype) {
+    case c10::ScalarType::Float:
+      return with(float{});
+    case c10::ScalarType::BFloat16:
+      return with(c10::BFloat16{});
+    case c10::ScalarType::Half:
+      return with(c10::Half{});
+    default:
+      TORCH_CHECK(false, who, " float32, bfloat16 and float16, not ", dtype);
+  }
+}
 
 inline Vector all(float x) { return x - Vector{}; }  // unlike 0 + x, nothing is left of it but the copies
 
