@@ -103,7 +103,8 @@ struct Head {
 };
 static_assert(sizeof(Head) == LINE);
 
-// A weight whose exponent has no code: it lies as a zero among the others.
+// A weight whose exponent has no code. It lies as a zero among the others, so beside an infinite number of a row the sum
+// becomes NaN, not infinite.
 struct Stray {
   int32_t place;  // in the row
   uint16_t column;
