@@ -97,21 +97,22 @@ class ContrastiveSearch(Plugin):
         if not len(row):
             return Growth(row=row, token=token)
         shape = len(logits), self._most(logits)
-        hidden, is_there = step.hidden(LAST, node).to(logits), None
+        hidden, there = step.hidden(LAST, node).to(logits), None
         if len(row) < shape[0] * shape[1]:  # some rows have less, or none
             numbers = torch.arange(len(row), device=row.device)
             place = numbers - torch.searchsorted(row, row)  # among the candidates of its row, which are adjacent
-            is_there = torch.zeros(shape, dtype=torch.bool, device=row.device)
-            is_there[row, place] = True
-            hidden, token = (_spread(values, is_there) for values in (hidden, token))
+            there = torch.zeros(shape, dtype=torch.bool, device=row.device)
+            there[row, place] = True
+            hidden, token = _spread(hidden, there), _spread(token, there)
         candidates, tokens = hidden.view(*shape, -1), token.view(shape)
         likeness = nearest(candidates, *step.path_hidden(LAST))
         confidence = logits.log_softmax(dim=-1).gather(1, tokens).exp()
         scores = (1 - self.params.alpha) * confidence - self.params.alpha * likeness
-        if is_there is not None:
-            scores.masked_fill_(~is_there, -torch.inf)
-        ready = torch.arange(len(logits), device=row.device) if is_there is None else row[place == 0]
-        return Growth(row=ready, token=tokens.gather(1, scores.argmax(dim=-1, keepdim=True)).squeeze(1)[ready])
+        if there is not None:
+            scores.masked_fill_(~there, -torch.inf)
+        chosen = tokens.gather(1, scores.argmax(dim=-1, keepdim=True)).squeeze(1)
+        ready = torch.arange(len(logits), device=row.device) if there is None else there[:, 0].nonzero().squeeze(1)
+        return Growth(row=ready, token=chosen[ready])
 
     def _most(self, logits: Tensor) -> int:
         """Say how many candidates a row has at most."""
@@ -142,7 +143,7 @@ def nearest(candidates: Tensor, path: Tensor, there: Tensor) -> Tensor:
     """
     rows = max(1, _AT_ONCE // (candidates.shape[1] * path[0].numel()))
     parts = zip(torch.split(candidates, rows), torch.split(path, rows), strict=True)
-    cosines = torch.cat([_cosines(*some) for some in parts]) if len(path) > rows else _cosines(candidates, path)
+    cosines = torch.cat([_cosines(*some) for some in parts])
     return cosines.masked_fill(~there.unsqueeze(1), -torch.inf).amax(dim=-1)
 
 
