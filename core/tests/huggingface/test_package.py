@@ -195,8 +195,11 @@ def test_a_package_that_gives_other_logits_is_not_kept(
         lambda folder: (folder / "pass.so").write_bytes(b"no library"),
         lambda folder: os.truncate(folder / "pass.so", (folder / "pass.so").stat().st_size - 100),
         lambda folder: (folder / "pass.so").unlink(),
-        lambda folder: (folder / "pass.json").write_text("{}"),
+        lambda folder: (folder / "sizes.json").unlink(),
         lambda folder: (folder / "sizes.json").write_text("[1]"),
+        lambda folder: (folder / "sizes.json").write_text(
+            json.dumps({**json.loads((folder / "sizes.json").read_text()), ".json": 2})
+        ),
     ],
 )
 def test_a_package_that_is_broken_is_removed_and_the_model_runs_without(

@@ -12,6 +12,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <torch/csrc/inductor/aoti_torch/utils.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -617,3 +618,17 @@ TORCH_LIBRARY_FRAGMENT(unspool, library) {
 }
 
 TORCH_LIBRARY_IMPL(unspool, CPU, library) { library.impl("attend", attend); }
+
+// As packages call it.
+extern "C" AOTITorchError aoti_torch_cpu_attend(AtenTensorHandle query, AtenTensorHandle key, AtenTensorHandle value,
+                                                AtenTensorHandle keys, AtenTensorHandle values, AtenTensorHandle table,
+                                                AtenTensorHandle mask, AtenTensorHandle* sinks, double scaling,
+                                                double softcap, AtenTensorHandle* attended) {
+  using namespace torch::aot_inductor;
+  AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
+    auto plain = [](AtenTensorHandle handle) { return resolve_tensor_dispatch_flags(handle); };
+    *attended = new_tensor_handle(attend(plain(query), plain(key), plain(value), plain(keys), plain(values),
+                                         plain(table), plain(mask), resolve_tensor_dispatch_flags(sinks), scaling,
+                                         softcap));
+  });
+}

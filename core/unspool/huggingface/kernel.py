@@ -9,6 +9,7 @@ is no C++ compiler, or on a GPU, attention is plain torch (`plan.py`); a GPU may
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import logging
@@ -28,6 +29,15 @@ _log = logging.getLogger(__name__)
 _SOURCES = tuple(Path(__file__).with_name(name) for name in ("attention.cpp", "products.cpp", "distributions.cpp"))
 _HEADER = Path(__file__).with_name("vectors.h")
 _FLAGS = ("-O3", "-std=c++20", "-shared", "-fPIC", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi")
+_SHIMS = {
+    "attend": """AOTITorchError aoti_torch_cpu_attend(
+        AtenTensorHandle query, AtenTensorHandle key, AtenTensorHandle value, AtenTensorHandle keys,
+        AtenTensorHandle values, AtenTensorHandle table, AtenTensorHandle mask, AtenTensorHandle* sinks,
+        double scaling, double softcap, AtenTensorHandle* attended)""",
+    "project": """AOTITorchError aoti_torch_cpu_project(
+        AtenTensorHandle x, AtenTensorHandle laid, AtenTensorHandle* scale, AtenTensorHandle* bias, int64_t width,
+        AtenTensorHandle* product)""",
+}
 _TIMEOUT_S = 600
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What it computes on; float64 is left to plain torch."""
@@ -103,6 +113,7 @@ def load() -> bool:
     if not built.is_file():
         return False
     try:
+        ctypes.CDLL(str(built), mode=ctypes.RTLD_GLOBAL)  # for packages, which call it
         torch.ops.load_library(str(built))  # type: ignore[no-untyped-call]
     except OSError as error:
         _log.warning("the attention kernel in %s cannot be loaded and is removed: %s", built, error)
@@ -124,6 +135,12 @@ def _attended(*arguments: torch.Tensor) -> torch.Tensor:
 def _projected(x: torch.Tensor, *others: Any) -> torch.Tensor:
     *_, width = others
     return x.new_empty((x.shape[0], width))
+
+
+def shims() -> dict[Any, list[str]]:
+    """Give the functions in C by which packages call the operators, a microsecond sooner than by torch's dispatcher."""
+    operators = {name: getattr(torch.ops.unspool, name, None) for name in _SHIMS}
+    return {operator.default: [_SHIMS[name]] for name, operator in operators.items() if operator is not None}
 
 
 def multiplies() -> bool:

@@ -20,6 +20,7 @@
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
+#include <torch/csrc/inductor/aoti_torch/utils.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -381,5 +382,16 @@ TORCH_LIBRARY_FRAGMENT(unspool, library) {
 TORCH_LIBRARY_IMPL(unspool, CPU, library) {
   library.impl("lay_out", lay_out);
   library.impl("project", project);
+}
+
+// As packages call it.
+extern "C" AOTITorchError aoti_torch_cpu_project(AtenTensorHandle x, AtenTensorHandle laid, AtenTensorHandle* scale,
+                                                 AtenTensorHandle* bias, int64_t width, AtenTensorHandle* product) {
+  using namespace torch::aot_inductor;
+  AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
+    *product = new_tensor_handle(project(resolve_tensor_dispatch_flags(x), resolve_tensor_dispatch_flags(laid),
+                                         resolve_tensor_dispatch_flags(scale), resolve_tensor_dispatch_flags(bias),
+                                         width));
+  });
 }
 #endif
