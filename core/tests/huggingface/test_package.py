@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,36 @@ def test_bfloat16_stays_near_float32_whatever_the_processor_multiplies(
             errors = [(each.logits.float() - expected.logits).square().mean().sqrt() for each in (found, rounded)]
             assert errors[0] < 0.05 * expected.logits.std()
             assert errors[0] < 2 * errors[1]
+
+
+def test_other_threads_go_on_while_a_package_runs(gemma: HuggingFaceRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    count, turns, meanwhile, done = 4000, 0, -1, threading.Event()
+    gemma.allocate(count)
+    places = np.arange(count)
+    batch = Batch(places % 64, places, places, [Span(0, count, slice(0, count))], places[-1:])
+    made: Any = next(made for made in gemma._made if made.takes(batch))
+
+    def turn() -> None:
+        nonlocal turns
+        while not done.wait(1e-4):
+            turns += 1
+
+    def run(inputs: list[torch.Tensor], own: Any = made._run) -> Any:
+        nonlocal meanwhile
+        before = turns
+        output = own(inputs)
+        meanwhile = turns - before
+        return output
+
+    monkeypatch.setattr(made, "_run", run)
+    other = threading.Thread(target=turn)
+    other.start()
+    try:
+        gemma.forward(batch)
+    finally:
+        done.set()
+        other.join()
+    assert meanwhile > 5
 
 
 def test_a_package_is_found_by_its_weights_and_nothing_else(gemma: HuggingFaceRunner) -> None:

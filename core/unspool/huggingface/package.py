@@ -161,8 +161,7 @@ class Package:
     def __init__(self, folder: Path, subject: Subject, kind: Kind) -> None:
         self.kind, self.name = kind, kind.name
         _check_whole(folder)
-        compiled = torch._C._aoti.AOTIModelContainerRunnerCpu(str(folder / f"{_STEM}.so"), 1)
-        self._run, self._windows = compiled.run, subject.windows
+        self._run, self._windows = torch.classes.unspool.Pass(str(folder / f"{_STEM}.so")).run, subject.windows
 
     def takes(self, batch: Batch) -> bool:
         """Say whether it can run a batch."""
