@@ -5,9 +5,11 @@ depth, from short limits to long ones. At every place those tokens are tried fir
 which the language leaves no choice: they finished something. Among the others those that close come first: brackets,
 quotes, then other marks, digits (0 after the others, with which a number is positive), letters, and last what opens or
 continues. Text that the language forces is one move.
-A way that was found is kept as long as it still leads to the end, so that most tokens cost one walk along it.
+A way that was known is taken up again wherever the rest of it leads to the end: most tokens change nothing of it, and
+what a text needs at its end it needs wherever it is now.
 
-Costs a mask a place that is looked at, some 50 microseconds; a search looks at no more than `PLACES` for each limit.
+Costs a mask a place that is looked at, some 50 microseconds, and most tokens need none; a search looks at no more than
+`PLACES` for each limit.
 """
 
 from __future__ import annotations
@@ -67,7 +69,7 @@ class Finder:
         if way and way[0] == token:
             return way[1:]
         kept = None if way is None else self.leads(position, way)
-        return self.search(position, 2 * len(way or ())) if kept is None else kept
+        return self.search(position, 2 * len(way or ()), way or ()) if kept is None else kept
 
     def leads(self, position: Position, way: tuple[int, ...]) -> tuple[int, ...] | None:
         """Follow a way, and give what of it was needed to come to an end; None: it does not lead there."""
@@ -81,16 +83,34 @@ class Finder:
             known[self._ends] = self.search(compiled.start())
         return known[self._ends]
 
-    def search(self, position: Position, limit: int = 1) -> tuple[int, ...] | None:
-        """Look for a short way from `position`, at first of at most `limit` tokens."""
-        limit = max(1, min(limit, LONGEST))
+    def search(self, position: Position, limit: int = 1, known: tuple[int, ...] = ()) -> tuple[int, ...] | None:
+        """Look for a short way from `position`, at first of at most `limit` tokens.
+
+        Args:
+            position: where to begin.
+            limit: of the first attempt; it is doubled until a way is found or it passes `LONGEST`.
+            known: a way from elsewhere, whose end may do here.
+        """
+        expected = limit = max(1, min(limit, LONGEST))
         while limit <= LONGEST:
-            self._left = PLACES
+            self._left, self._known = PLACES, known
             way = self._deepen(position, limit)
             if way is not None:
-                return way
+                return way if limit == expected else self._shortened(position, way)
             limit *= 2
         return None
+
+    def _shortened(self, position: Position, way: tuple[int, ...]) -> tuple[int, ...]:
+        """Leave out what can be left out in one piece: what is looked for in depth may say more than it has to."""
+        taken: tuple[int, ...] = ()
+        while way:
+            ends = (self.leads(position, way[start:]) for start in range(len(way) - 1, 0, -1))
+            way = next((end for end in ends if end is not None), way)
+            if way:
+                after = position.advance(way[0])
+                assert after is not None
+                taken, position, way = (*taken, way[0]), after, way[1:]
+        return taken
 
     def _deepen(self, position: Position, limit: int) -> tuple[int, ...] | None:
         if self.closed(position):
@@ -98,6 +118,8 @@ class Finder:
         if limit < 1 or self._left < 1:
             return None
         self._left -= 1
+        if (rest := self._rest(position, limit)) is not None:
+            return rest
         forced = position.forced(limit)
         for move, after in self._moves(position, [forced] if forced else [[t] for t in self._candidates(position)]):
             rest = self._deepen(after, limit - len(move))
@@ -117,10 +139,25 @@ class Finder:
                 found.append((rank, move, after))
         return [(move, after) for _, move, after in sorted(found, key=lambda one: one[0])]
 
+    def _rest(self, position: Position, limit: int) -> tuple[int, ...] | None:
+        """Give the longest end of the known way, of at most `limit` tokens, that leads to the end from here."""
+        if not self._known:
+            return None
+        for start in np.flatnonzero(self._allowed(position)[list(self._known)]).tolist():
+            if len(self._known) - start <= limit:
+                rest = self.leads(position, self._known[start:])
+                if rest is not None:
+                    return rest
+        return None
+
+    def _allowed(self, position: Position) -> NDArray[np.bool_]:
+        """Say of each token whether it may follow."""
+        octets = self._engine.masks([position])[0].view(np.uint8)
+        return np.unpackbits(octets, count=len(self._vocabulary), bitorder="little").view(bool)
+
     def _candidates(self, position: Position) -> list[int]:
         """List one token of each kind that may follow, those that close first."""
-        octets = self._engine.masks([position])[0].view(np.uint8)
-        allowed = np.unpackbits(octets, count=len(self._vocabulary), bitorder="little").view(bool)
+        allowed = self._allowed(position)
         firsts = ((kind, int(allowed[kind].argmax())) for kind in self._kinds)
         return [int(kind[first]) for kind, first in firsts if allowed[kind[first]]]
 

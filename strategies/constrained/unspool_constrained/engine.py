@@ -39,7 +39,10 @@ class Position(Protocol):
         """Give the position one token later, or None if that token cannot follow. This position stays as it is."""
 
     def closes_after(self, tokens: Sequence[int], *, with_end: bool) -> int | None:
-        """Say how many of these tokens bring the text to where it may end, or must without end tokens; else None."""
+        """Say how many of these tokens bring the text to where it may end, or must without end tokens; else None.
+
+        Where no token is needed it is 0. Where several numbers would do it may be any of them.
+        """
 
     def forced(self, most: int) -> list[int]:
         """List the tokens that the language leaves no choice about, canonically tokenized, at most so many."""

@@ -89,7 +89,7 @@ class Guidance:
         matcher = LLMatcher(tokenizer, lark_of(language), log_level=0, limits=_limits())
         if matcher.is_error():
             raise GrammarError(first_line(matcher.get_error()))
-        grammar = GuidanceGrammar(matcher, _spelled(vocabulary))
+        grammar = GuidanceGrammar(matcher, _spelled(vocabulary), len(vocabulary))
         start = grammar.start()
         if start.has_stopped or not self.masks([start]).any():
             raise GrammarError("a language with at least one text that is not empty, in tokens of this model")

@@ -77,13 +77,25 @@ class GuidancePosition:
     def closes_after(self, tokens: Sequence[int], *, with_end: bool) -> int | None:
         """Say how many of these tokens bring the text to where it may end, or must without end tokens; else None."""
         self._settle()
+        if self.has_stopped or (with_end and self.may_stop):
+            return 0
+        if not with_end:
+            return self._stops_after(tokens)
+        # To be asked about tokens takes a matcher a tenth of what consuming them does.
+        end, valid = self._grammar.end, self.matcher.validate_tokens
+        taken = valid([*tokens, end])
+        if taken > len(tokens):
+            return len(tokens)
+        return next((some for some in range(1, taken + 1) if valid([*tokens[:some], end]) > some), None)
+
+    def _stops_after(self, tokens: Sequence[int]) -> int | None:
         matcher = self.matcher.deep_copy()  # which may break: nobody else has it
         for taken, token in enumerate(tokens):
-            if _is_closed(matcher, with_end):
-                return taken
             if not matcher.consume_token(token):
                 return None
-        return len(tokens) if _is_closed(matcher, with_end) else None
+            if matcher.is_stopped():
+                return taken + 1
+        return None
 
     def forced(self, most: int) -> list[int]:
         """List the tokens that the language leaves no choice about, canonically tokenized, at most so many."""
@@ -142,20 +154,17 @@ class GuidanceGrammar:
     Args:
         matcher: before any text.
         spelled: a bit for each token that has a text.
+        end: the token that stands for the end of a text; no matcher is ever given it.
     """
 
-    def __init__(self, matcher: LLMatcher, spelled: Bits) -> None:
-        self._matcher, self.spelled = matcher, spelled
+    def __init__(self, matcher: LLMatcher, spelled: Bits, end: int) -> None:
+        self._matcher, self.spelled, self.end = matcher, spelled, end
         self._lock = threading.Lock()
 
     def start(self) -> GuidancePosition:
         """Give the position before any text."""
         with self._lock:
             return GuidancePosition(self, self._matcher.deep_copy())
-
-
-def _is_closed(matcher: LLMatcher, with_end: bool) -> bool:
-    return matcher.is_stopped() or (with_end and matcher.is_accepting())
 
 
 def first_line(error: str) -> str:
