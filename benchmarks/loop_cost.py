@@ -2,8 +2,8 @@
 
     python benchmarks/loop_cost.py [--rows 1,32,256] [--vocabulary 49152] [--repeats 3] [--only NAME;...]
 
-CPU time of the loop's thread, on one thread, medians of a step. Rows are branches: a beam of 4 has 4 to a request. The
-logits are noise as wide as the vocabulary; with `--vocabulary 8` reductions over it
+CPU time of the loop's thread, on one thread, with the kernel if it was built; medians of a step. Rows are branches: a
+beam of 4 has 4 to a request. The logits are noise as wide as the vocabulary; with `--vocabulary 8` reductions over it
 cost next to nothing, and what is left is bookkeeping. `--profile` prints where one strategy spends its time.
 """
 
@@ -18,6 +18,7 @@ import time
 import torch
 from figures import versions, write
 
+from unspool.huggingface import kernel
 from unspool.loop import Loop
 from unspool.pipeline import Pipeline, PluginSpec, build_pipeline
 from unspool.registry import Registry
@@ -144,7 +145,7 @@ def main() -> None:
             microseconds_a_step(counts[0], options.vocabulary, wide, pipeline)
         pstats.Stats(profile).sort_stats("tottime").print_stats(40)
         return
-    print(versions())
+    print(versions(), "with the kernel" if kernel.available() else "without the kernel")
     print(f"| microseconds a step, vocabulary of {options.vocabulary} |", *(f"{rows} rows |" for rows in counts))
     print("|---|" + "---|" * len(counts))
     found = []

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from unspool import noise
+from unspool.huggingface import kernel
 
 SEEDS = st.integers(0, 2**63 - 1)
 
@@ -99,6 +100,15 @@ def test_the_winner_of_gumbel_noise_has_the_probabilities_of_the_softmax() -> No
         torch.testing.assert_close(wins, logits.softmax(-1), atol=0.015, rtol=0)
 
 
+def test_noise_of_both_dtypes_is_finite_and_alike_to_the_ends_of_both_tails() -> None:
+    upper = torch.tensor([-(2**31) + step for step in (0, 1, 2, 50, 64, 65, 1000, 2**20, 2**31)], dtype=torch.int32)
+    for mixed, tolerance in ((upper, 1e-6), (~upper, 0.02)):  # near 1 float32 has few numbers
+        single, double = (noise._to_gumbel(noise._whole(mixed).to(dtype)) for dtype in (torch.float32, torch.float64))
+        torch.testing.assert_close(single.double(), double, rtol=tolerance, atol=tolerance)
+        assert single.isfinite().all() and (single.diff() <= 0).all() == (mixed is upper)
+    assert 22 < noise._to_gumbel(noise._whole(upper).float()).max() < 22.2
+
+
 def test_a_derived_seed_depends_on_run_and_request_and_stays_in_range() -> None:
     seeds = {noise.derive_seed(run, f"request {i}") for run in range(20) for i in range(20)}
     assert len(seeds) == 400
@@ -118,11 +128,45 @@ def test_a_draw_is_the_argmax_with_noise_however_few_tokens_are_possible(data: s
     assert torch.equal(noise.draw(logits, drawn)[some], (logits + noise.gumbel(drawn, vocab, dtype)).argmax(-1)[some])
 
 
+@pytest.mark.skipif(not kernel.available(), reason="there is no kernel here")
+@pytest.mark.parametrize("vocab", [1, 5, 16, 33, 1000, 20_000])
+def test_the_kernel_finds_whoever_may_win(vocab: int) -> None:
+    random, drawn = torch.Generator().manual_seed(vocab), keys(range(60))
+    added = noise.gumbel(drawn, vocab, torch.float32)
+    for spread in (0.0, 0.1, 3.0, 30.0, 1e6):
+        logits = torch.randn(60, vocab, generator=random) * spread
+        best = (logits + added).argmax(-1)
+        places = torch.ops.unspool.contenders(logits, drawn)
+        assert torch.isin(torch.arange(60) * vocab + best, places).all() and len(places) < 60 * 1.5
+        assert torch.equal(noise.draw(logits, drawn), best)
+    if vocab > 1:  # two that are as good as equal
+        logits = torch.randn(60, vocab, generator=random)
+        logits[:, vocab // 2] = (logits + added).amax(-1) - added[:, vocab // 2] + torch.linspace(-4e-4, 4e-4, 60)
+        assert len(torch.ops.unspool.contenders(logits, drawn)) >= 60 + 60 * (vocab > 100) // 2
+        assert torch.equal(noise.draw(logits, drawn), (logits + added).argmax(-1))
+
+
+@pytest.mark.skipif(not kernel.available(), reason="there is no kernel here")
+def test_the_kernel_bears_rows_that_are_spoilt_and_rows_that_are_empty() -> None:
+    logits = torch.randn(5, 100)
+    logits[1] = torch.nan
+    logits[2] = -torch.inf
+    logits[3, 7] = logits[3, 9] = torch.inf
+    assert noise.draw(logits, keys(range(5))).tolist()[3] == 7
+    expected = (logits + noise.gumbel(keys(range(5)), 100, torch.float32)).argmax(-1)[[0, 4]]
+    assert noise.draw(logits, keys(range(5)))[[0, 4]].tolist() == expected.tolist()
+    for bad in (logits.double(), logits[0]):
+        with pytest.raises(RuntimeError, match="of float32"):
+            torch.ops.unspool.contenders(bad, keys(range(5)))
+    with pytest.raises(RuntimeError, match="int64 key for each row"):
+        torch.ops.unspool.contenders(logits, keys(range(4)))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_noise_on_a_cpu_has_the_bits_of_the_tensor_operations(dtype: torch.dtype) -> None:
     drawn = torch.cat([keys(range(50)), torch.tensor([0, -1, 2**63 - 1, -(2**63)])])
     low, high = noise._halves(drawn)
     token = torch.arange(300, dtype=torch.int32)
     mixed = noise._mix32(noise._mix32(token ^ low.unsqueeze(1)) ^ high.unsqueeze(1))
-    assert torch.equal(noise.gumbel(drawn, 300, dtype), noise._to_gumbel(mixed.to(dtype)))
+    assert torch.equal(noise.gumbel(drawn, 300, dtype), noise._to_gumbel(noise._whole(mixed).to(dtype)))
     assert torch.equal(noise.gumbel_at(drawn, token[: len(drawn)], dtype), noise.gumbel(drawn, 300, dtype).diagonal())

@@ -55,30 +55,35 @@ def uniform(keys: Tensor) -> Tensor:
 def gumbel(keys: Tensor, vocab: int, dtype: torch.dtype) -> Tensor:
     """Map `[rows]` keys to standard Gumbel noise `[rows, vocab]`, one independent value a token.
 
-    With v uniform in (0, 1) of 32 bits, -log(-log1p(-v)): the upper tail, which decides who wins, keeps full precision.
+    With v uniform in (0, 1) of 31 bits, -log(-log1p(-v)): the upper tail, which decides who wins, keeps full precision.
     """
     if keys.device.type == "cpu":
         return _gumbel_by_row(keys, vocab, dtype)
     token = torch.arange(vocab, device=keys.device, dtype=torch.int32)
     low, high = _halves(keys)
-    return _to_gumbel(_mix32(_mix32(token ^ low.unsqueeze(1)) ^ high.unsqueeze(1)).to(dtype))
+    return _to_gumbel(_whole(_mix32(_mix32(token ^ low.unsqueeze(1)) ^ high.unsqueeze(1))).to(dtype))
 
 
 def gumbel_at(keys: Tensor, tokens: Tensor, dtype: torch.dtype) -> Tensor:
     """Give the noise of single tokens: `[n]` keys and tokens to the `[n]` values that `gumbel` has for them."""
     low, high = _halves(keys)
-    return _to_gumbel(_mix32(_mix32(tokens.to(torch.int32) ^ low) ^ high).to(dtype))
+    return _to_gumbel(_whole(_mix32(_mix32(tokens.to(torch.int32) ^ low) ^ high)).to(dtype))
 
 
 def draw(logits: Tensor, keys: Tensor) -> Tensor:
     """Draw a token from each distribution `[rows, vocab]` with the Gumbel noise of `[rows]` keys.
 
-    The same as `(logits + gumbel(keys, ...)).argmax(-1)`; where few tokens are possible, only those get noise.
+    The same as `(logits + gumbel(keys, ...)).argmax(-1)`, but only tokens that may win get noise. On a CPU a model's
+    runner brings a kernel that finds those (`huggingface/draws.cpp`); without it they are all that are possible.
 
     Returns:
         `[rows]` int64. Of a row without a possible token, any.
     """
     rows, vocab = logits.shape
+    by_kernel = getattr(torch.ops.unspool, "contenders", None)
+    if by_kernel is not None and logits.device.type == "cpu" and logits.dtype == torch.float32:
+        places: Tensor = by_kernel(logits, keys)
+        return places % vocab if len(places) == rows else _draw_among(places, logits, keys)
     if logits.device.type == "cpu":  # elsewhere counting them would be waiting for them
         possible = logits.numpy() > -np.inf
         if np.count_nonzero(possible) * _FEW < rows * vocab:
@@ -106,10 +111,15 @@ def _halves(keys: Tensor) -> tuple[Tensor, Tensor]:
     return keys.to(torch.int32), _shift(keys, 32, 64).to(torch.int32)
 
 
-def _to_gumbel(mixed: Tensor) -> Tensor:
-    """Map whole numbers in [-2**31, 2**31), held as floats, to Gumbel noise, in place."""
+def _whole(mixed: Tensor) -> Tensor:
+    """Map int32 to 31 bits in its order, from 0 on: of numbers next to 0 float32 keeps all."""
+    return (mixed >> 1) + (1 << 30)
+
+
+def _to_gumbel(whole: Tensor) -> Tensor:
+    """Map whole numbers in [0, 2**31), held as floats, to Gumbel noise, in place."""
     # To (0, 1); float32 rounds the top to 1, where log1p would be -inf.
-    v = mixed.add_(2.0**31 + 0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
+    v = whole.add_(0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
     return v.neg_().log1p_().neg_().log_().neg_()
 
 
@@ -123,6 +133,7 @@ def _gumbel_by_row(keys: Tensor, vocab: int, dtype: torch.dtype) -> Tensor:
         _mix32_into(value, shifted)
         np.bitwise_xor(value, np.uint32(key >> 32), out=value)
         _mix32_into(value, shifted)
+        np.right_shift(np.bitwise_xor(value, np.uint32(1 << 31), out=value), np.uint32(1), out=value)
         _to_gumbel(row.copy_(torch.from_numpy(value.view(np.int32))))
     return noise
 

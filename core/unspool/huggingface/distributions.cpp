@@ -24,15 +24,6 @@ constexpr int64_t BLOCK = 32 * W;  // numbers that are summed before they are ad
 constexpr float TINY = std::numeric_limits<float>::min();
 constexpr float LOWEST = -150.0f;  // of an exponent: the power is 0
 
-// Up to W numbers, and something else where there are no more.
-template <typename T>
-inline Vector some(const T* from, int64_t left, float otherwise) {
-  if (left >= W) return Element<T>::load(from);
-  Vector v = all(otherwise);
-  for (int64_t i = 0; i < left; ++i) v[i] = Element<T>::one(from + i);
-  return v;
-}
-
 // Sum each of N vectors that are made of the numbers at 0, W, ... below n.
 template <int N, typename Make>
 inline std::array<float, N> totals(int64_t n, Make make) {

@@ -3,9 +3,9 @@
 Attention reads keys and values where they lie in the pool, any path of any tree, and a prefix that many paths share
 once for all of them (`attention.cpp`). Products of bfloat16 rows with bfloat16 or 8-bit weights cost what reading these
 or multiplying takes (`products.cpp`); they are there where the processor multiplies bfloat16 and looks bytes up in
-tables (`projections.py`). Divergences of distributions (`distributions.cpp`) serve `unspool.distributions`. Compiled
-passes (`package.py`) run without the interpreter's lock (`passes.cpp`). Where there is no C++ compiler, or on a GPU,
-attention is plain torch (`plan.py`); a GPU may use `flex.py`.
+tables (`projections.py`). Divergences of distributions (`distributions.cpp`) serve `unspool.distributions`, draws
+(`draws.cpp`) `unspool.noise`. Compiled passes (`package.py`) run without the interpreter's lock (`passes.cpp`). Where
+there is no C++ compiler, or on a GPU, attention is plain torch (`plan.py`); a GPU may use `flex.py`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from unspool.errors import ModelError
 from unspool.huggingface import cache
 
 _log = logging.getLogger(__name__)
-_NAMES = "attention", "products", "distributions", "passes"
+_NAMES = "attention", "products", "distributions", "draws", "passes"
 _SOURCES = tuple(Path(__file__).with_name(f"{name}.cpp") for name in _NAMES)
 _HEADER = Path(__file__).with_name("vectors.h")
 _FLAGS = ("-O3", "-std=c++20", "-shared", "-fPIC", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi")

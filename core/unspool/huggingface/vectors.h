@@ -106,6 +106,26 @@ void by_dtype(c10::ScalarType dtype, const char* who, With with) {
 
 inline Vector all(float x) { return x - Vector{}; }  // unlike 0 + x, nothing is left of it but the copies
 
+// Up to W numbers, and something else where there are no more.
+template <typename T>
+inline Vector some(const T* from, int64_t left, float otherwise) {
+  if (left >= W) return Element<T>::load(from);
+  Vector v = all(otherwise);
+  for (int64_t i = 0; i < left; ++i) v[i] = Element<T>::one(from + i);
+  return v;
+}
+
+// Whether it is true of any number.
+inline bool any(Whole truth) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask(reinterpret_cast<__m512i>(truth), reinterpret_cast<__m512i>(truth));
+#else
+  bool found = false;
+  for (int i = 0; i < W; ++i) found |= truth[i] != 0;
+  return found;
+#endif
+}
+
 // exp(x) for x <= 0 to within 2 units in the last place where that is a normal number; below -87 it is
 // 0 or next to it.
 inline Vector exponential(Vector x) {

@@ -10,7 +10,7 @@ Costs a softmax and a topk over the vocabulary, a sort where the nucleus is wide
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -48,6 +48,9 @@ class TopP(Plugin):
         ranked, places = best_until(logits, enough)
         beyond = held(places)[:, :-1] >= p
         ranked[:, 1:].masked_fill_(beyond, -torch.inf)
-        nucleus = torch.full_like(logits, -torch.inf).scatter_(-1, places, ranked)
         # Rounding can make the mass reach 1 before the last token, so p = 1 is not left to the sum.
-        logits.copy_(torch.where(p < 1, nucleus, logits))
+        keeps_all = any(cast(TopP.Params, request.parameters[self.name]).p == 1 for request in step.requests)
+        whole = logits.clone() if keeps_all else logits
+        logits.fill_(-torch.inf).scatter_(-1, places, ranked)
+        if keeps_all:
+            logits.copy_(torch.where(p < 1, logits, whole))
