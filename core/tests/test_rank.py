@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from unspool import rank
+from unspool.huggingface import kernel
 
 TABLES = st.lists(st.lists(st.sampled_from([-torch.inf, -1.0, 0.0, 0.5, 2.0]), min_size=5, max_size=5), min_size=1)
+
+
+@pytest.fixture(params=["torch", "kernel"], autouse=True)
+def side(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Rank by plain torch and by the kernel: both must give the same."""
+    if request.param == "kernel" and not kernel.available():
+        pytest.skip("there is no kernel here")
+    with pytest.MonkeyPatch.context() as patched:
+        if request.param == "torch":
+            patched.setattr(rank, "_by_kernel", lambda values: None)
+        yield request.param
+
+
+def either(test: Any) -> Any:
+    return settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)(test)
 
 
 def sorted_by_hand(values: Tensor) -> list[list[int]]:
     return [sorted(range(len(row)), key=lambda place: (-row[place], place)) for row in values.tolist()]
 
 
+@either
 @given(TABLES, st.integers(1, 5), st.sampled_from([torch.float32, torch.float64]))
 def test_of_equal_values_the_first_comes_first(table: list[list[float]], count: int, dtype: torch.dtype) -> None:
     values = torch.tensor(table, dtype=dtype)
@@ -24,6 +45,7 @@ def test_of_equal_values_the_first_comes_first(table: list[list[float]], count: 
     assert rank.argmax(values).tolist() == [row[0] for row in by_hand]
 
 
+@either
 @given(st.integers(1, 90), st.integers(1, 3), st.integers(0, 5), st.integers(1, 40), st.data())
 def test_ties_are_told_apart_wherever_they_end(
     width: int, rows: int, seed: int, kinds: int, data: st.DataObject
@@ -34,6 +56,7 @@ def test_ties_are_told_apart_wherever_they_end(
     assert rank.best(values, count).tolist() == [row[:count] for row in sorted_by_hand(values)]
 
 
+@either
 @given(st.integers(1, 900), st.integers(1, 3), st.integers(0, 5), st.integers(1, 40))
 def test_the_best_are_ranked_until_it_is_enough(width: int, rows: int, seed: int, kinds: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -51,3 +74,27 @@ def test_the_best_are_ranked_until_it_is_enough(width: int, rows: int, seed: int
     for row, right in enumerate(sorted_by_hand(values)):
         decided = right if ranked.shape[1] == width else right[: int((ranked[row] > ranked[row, -1]).sum())]
         assert places[row, : len(decided)].tolist() == decided and len(decided) > int(wanted[row])
+
+
+@pytest.mark.parametrize("order", ["rising", "falling", "random"])
+@pytest.mark.parametrize("count", [1, 15, 100, 3000])
+def test_of_wide_rows_those_of_a_stable_sort_come(order: str, count: int) -> None:
+    values = torch.randn(3, 3000, generator=torch.Generator().manual_seed(count))
+    values[:, ::7] = values[:, :1]
+    if order != "random":
+        values = values.sort(dim=-1, descending=order == "falling").values
+    expected = values.sort(dim=-1, descending=True, stable=True).indices[:, :count]
+    assert torch.equal(rank.best(values, count), expected)
+    assert torch.equal(rank.best(values[:, ::2], min(count, 9)), rank.best(values[:, ::2].contiguous(), min(count, 9)))
+
+
+@pytest.mark.parametrize("side", ["kernel"], indirect=True)
+def test_the_kernel_bears_a_nan_and_refuses_what_it_cannot_rank() -> None:
+    values = torch.randn(2, 200)
+    values[0, ::3] = torch.nan
+    assert rank.best(values, 60)[1].tolist() == values[1].sort(descending=True, stable=True).indices[:60].tolist()
+    assert not values[0, rank.best(values, 60)[0]].isnan().any()
+    with pytest.raises(RuntimeError, match="from 1 to 200 of them, not 201"):
+        torch.ops.unspool.best(values, 201)
+    with pytest.raises(RuntimeError, match=r"of float32, not \[2, 200\] of Double"):
+        torch.ops.unspool.best(values.double(), 2)

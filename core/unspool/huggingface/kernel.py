@@ -3,9 +3,10 @@
 Attention reads keys and values where they lie in the pool, any path of any tree, and a prefix that many paths share
 once for all of them (`attention.cpp`). Products of bfloat16 rows with bfloat16 or 8-bit weights cost what reading these
 or multiplying takes (`products.cpp`); they are there where the processor multiplies bfloat16 and looks bytes up in
-tables (`projections.py`). Divergences of distributions (`distributions.cpp`) serve `unspool.distributions`, draws
-(`draws.cpp`) `unspool.noise`. Compiled passes (`package.py`) run without the interpreter's lock (`passes.cpp`). Where
-there is no C++ compiler, or on a GPU, attention is plain torch (`plan.py`); a GPU may use `flex.py`.
+tables (`projections.py`). What reads a vocabulary more than once in plain torch is here in one or two readings: the
+divergence of distributions (`distributions.cpp`), draws (`draws.cpp`) and the best of a row (`ranks.cpp`); the modules
+of the core that offer these use them where they are. Compiled passes (`package.py`) run without the interpreter's lock
+(`passes.cpp`). Where there is no C++ compiler, or on a GPU, all of this is plain torch; a GPU may use `flex.py`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +30,10 @@ from unspool.errors import ModelError
 from unspool.huggingface import cache
 
 _log = logging.getLogger(__name__)
-_NAMES = "attention", "products", "distributions", "draws", "passes"
+_NAMES = "attention", "products", "distributions", "draws", "ranks", "passes"
 _SOURCES = tuple(Path(__file__).with_name(f"{name}.cpp") for name in _NAMES)
 _HEADER = Path(__file__).with_name("vectors.h")
-_FLAGS = ("-O3", "-std=c++20", "-shared", "-fPIC", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi")
+_FLAGS = ("-O3", "-std=c++20", "-fPIC", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi")
 _SHIMS = {
     "attend": """AOTITorchError aoti_torch_cpu_attend(
         AtenTensorHandle query, AtenTensorHandle key, AtenTensorHandle value, AtenTensorHandle keys,
@@ -93,19 +96,26 @@ def build() -> Path:
     openmp = ("-fopenmp", "-DAT_PARALLEL_OPENMP=1") if platform.system() == "Linux" else ()
     native = ("-mcpu=native",) if platform.machine() in ("arm64", "aarch64") else ("-march=native",)
     includes = [part for folder in cpp_extension.include_paths() for part in ("-isystem", folder)]
+    flags = [*_FLAGS, *native, *openmp]
     _log.info("building the attention kernel (once)")
-    with cache.draft(built.parent) as draft:
+    with cache.draft(built.parent) as draft, ThreadPoolExecutor(os.cpu_count()) as threads:
+        objects = {str(source): str(draft / f"{source.stem}.o") for source in _SOURCES}
+        each = [[*flags, *includes, "-c", source, "-o", to] for source, to in objects.items()]
+        list(threads.map(functools.partial(_compile, command), each))
         output = draft / built.name
         links = [f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-ltorch_cpu", "-lc10"]
-        words = [command, *_FLAGS, *native, *openmp, *includes, *map(str, _SOURCES), "-o", str(output), *links]
-        try:
-            done = subprocess.run(words, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise ModelError(f"the attention kernel could not be built: {error}") from error
-        if done.returncode:
-            raise ModelError(f"the attention kernel could not be built: {command} says: {done.stderr.strip()[-2000:]}")
+        _compile(command, [*flags, "-shared", *objects.values(), "-o", str(output), *links])
         output.replace(built)  # whole or absent, whoever else builds it
     return built
+
+
+def _compile(command: str, arguments: Sequence[str]) -> None:
+    try:
+        done = subprocess.run([command, *arguments], capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ModelError(f"the attention kernel could not be built: {error}") from error
+    if done.returncode:
+        raise ModelError(f"the attention kernel could not be built: {command} says: {done.stderr.strip()[-2000:]}")
 
 
 @functools.cache
