@@ -88,12 +88,20 @@ def test_of_wide_rows_those_of_a_stable_sort_come(order: str, count: int) -> Non
     assert torch.equal(rank.best(values[:, ::2], min(count, 9)), rank.best(values[:, ::2].contiguous(), min(count, 9)))
 
 
-@pytest.mark.parametrize("side", ["kernel"], indirect=True)
-def test_the_kernel_bears_a_nan_and_refuses_what_it_cannot_rank() -> None:
-    values = torch.randn(2, 200)
+@pytest.mark.parametrize("count", [1, 3, 60, 180])
+def test_a_nan_is_as_low_as_can_be(count: int) -> None:
+    values = torch.randn(4, 200)
     values[0, ::3] = torch.nan
-    assert rank.best(values, 60)[1].tolist() == values[1].sort(descending=True, stable=True).indices[:60].tolist()
-    assert not values[0, rank.best(values, 60)[0]].isnan().any()
+    values[1] = torch.nan
+    values[2, 100:] = torch.nan
+    values[2, :100:2] = -torch.inf
+    expected = values.nan_to_num(nan=-torch.inf, neginf=-torch.inf).sort(dim=-1, descending=True, stable=True).indices
+    assert torch.equal(rank.best(values, count), expected[:, :count])
+
+
+@pytest.mark.parametrize("side", ["kernel"], indirect=True)
+def test_the_kernel_refuses_what_it_cannot_rank() -> None:
+    values = torch.randn(2, 200)
     with pytest.raises(RuntimeError, match="from 1 to 200 of them, not 201"):
         torch.ops.unspool.best(values, 201)
     with pytest.raises(RuntimeError, match=r"of float32, not \[2, 200\] of Double"):

@@ -28,7 +28,7 @@ def best(values: Tensor, count: int) -> Tensor:
     """Find the largest values of each row.
 
     Args:
-        values: `[n, m]`, none of them NaN.
+        values: `[n, m]`; a NaN is as low as can be.
         count: how many, at most `m`.
 
     Returns:
@@ -38,6 +38,8 @@ def best(values: Tensor, count: int) -> Tensor:
     if by_kernel is not None:
         return by_kernel(values, count)
     top = values.topk(min(count + _SPARE, values.shape[1]), dim=-1)
+    if bool(top.values[:, 0].isnan().any()):  # for `topk` it is the largest
+        return best(values.masked_fill(values.isnan(), -torch.inf), count)
     if bool((top.values[:, :-1] > top.values[:, 1:])[:, :count].all()):
         return top.indices[:, :count]  # no two tie that matter, so there is one order
     if top.values.shape == values.shape or bool((top.values[:, count - 1] > top.values[:, -1]).all()):

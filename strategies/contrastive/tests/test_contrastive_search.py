@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -18,7 +16,7 @@ from unspool.huggingface.runner import HuggingFaceRunner
 from unspool.pipeline import Pipeline
 from unspool.plugin import Plugin
 from unspool.request import Result
-from unspool_contrastive.search import ContrastiveSearch, likeliest
+from unspool_contrastive.search import ContrastiveSearch
 from unspool_testing import hosts
 from unspool_testing.compare import check_batch, check_speculation
 from unspool_testing.drafters import GuessChains, GuessTrees, Recall
@@ -192,21 +190,6 @@ def test_of_equal_scores_the_likelier_wins_and_then_the_lowest_id() -> None:
     assert run(TableModel(5, table=table), asked).token_ids == (0, 0, 0)
     table = {(): [0.0, 0.0, -1.0, 0.5, 0.5]}
     assert run(TableModel(5, table=table), asked).token_ids == (3, 3, 3)
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.data())
-def test_likeliest_is_the_head_of_a_stable_sort(data: st.DataObject) -> None:
-    width = data.draw(st.integers(1, 9))
-    values = st.sampled_from([-torch.inf, -1.0, 0.0, 0.5])
-    rows = data.draw(st.lists(st.lists(values, min_size=width, max_size=width), min_size=1, max_size=4))
-    count = data.draw(st.integers(1, width))
-    expected = [sorted(range(width), key=lambda token: -row[token])[:count] for row in rows]
-    assert likeliest(torch.tensor(rows), count).tolist() == expected
-
-
-def test_likeliest_bears_rows_that_are_spoilt() -> None:
-    assert likeliest(torch.tensor([[torch.nan, torch.nan], [0.0, torch.nan]]), 1).tolist() == [[0], [0]]
 
 
 # ---- circumstances ---------------------------------------------------------------------------------------------------

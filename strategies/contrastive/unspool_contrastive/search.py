@@ -81,7 +81,7 @@ class ContrastiveSearch(Plugin):
             return
         if len(rows) < len(logits):
             logits = logits[rows]
-        tokens = likeliest(logits, self._most(logits))
+        tokens = best(logits, self._most(logits))
         values = logits.gather(1, tokens)
         # What is forbidden is no candidate: it would be chosen for being unlike everything else.
         possible = (values - values[:, :1]).exp() > 0
@@ -153,18 +153,3 @@ def _cosines(candidates: Tensor, path: Tensor) -> Tensor:
     products = (candidates.unsqueeze(2) * path.unsqueeze(1)).sum(dim=-1)
     norms: Tensor = path.norm(dim=-1).clamp_(min=_LEAST_NORM)
     return products / norms.unsqueeze(1)
-
-
-def likeliest(logits: Tensor, count: int) -> Tensor:
-    """Find the tokens of the largest logits of each row, of equal ones the lowest ids.
-
-    Args:
-        logits: `[rows, vocab]`; a NaN is as low as can be.
-        count: how many, at most `vocab`.
-
-    Returns:
-        `[rows, count]` int64, likeliest first.
-    """
-    if bool(logits.amax(dim=-1).isnan().any()):
-        logits = logits.masked_fill(logits.isnan(), -torch.inf)
-    return best(logits, count)
