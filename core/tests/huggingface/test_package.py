@@ -228,6 +228,7 @@ def test_a_package_that_gives_other_logits_is_not_kept(
         lambda folder: (folder / "pass.so").unlink(),
         lambda folder: (folder / "sizes.json").unlink(),
         lambda folder: (folder / "sizes.json").write_text("[1]"),
+        lambda folder: (folder / "sizes.json").write_text("{}"),
         lambda folder: (folder / "sizes.json").write_text(
             json.dumps({**json.loads((folder / "sizes.json").read_text()), ".json": 2})
         ),

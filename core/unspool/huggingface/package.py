@@ -295,7 +295,7 @@ def _check_whole(folder: Path) -> None:
     Raises:
         OSError: one is, or is not there.
     """
-    sizes = json.loads((folder / _SIZES).read_text())
+    sizes = {_SUFFIXES[0]: None, **json.loads((folder / _SIZES).read_text())}
     for suffix, size in sizes.items():
         file = folder / f"{_STEM}{suffix}"
         if file.stat().st_size != size:
