@@ -238,6 +238,12 @@ def test_top_p_of_one_changes_nothing_not_even_tokens_that_underflow() -> None:
     assert reference[0, 1] == -INF
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_mass_that_float32_rounds_to_one_cuts_no_wide_row_short(dtype: torch.dtype) -> None:
+    row = torch.zeros(1, 700, dtype=dtype)
+    assert apply(build("top_p", p=1 - 1e-9), row.clone()).isfinite().all()
+
+
 def test_top_p_takes_equal_tokens_lowest_id_first_and_keeps_at_least_one() -> None:
     assert kept(build("top_p", p=0.5), [0.0, 0.0, 0.0, 0.0]) == [0, 1]
     assert kept(build("top_p", p=1e-6), [0.0, 3.0, 3.0]) == [1]

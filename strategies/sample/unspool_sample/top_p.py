@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from unspool.step import Step
 
 
+_NEAR_ONE = 0.999
+"""What is larger may be 1 in the working dtype. From the requests and not from the tensor: no wait for the device."""
+
+
 class TopP(Plugin):
     """Forbid all but the nucleus of mass p."""
 
@@ -49,8 +53,8 @@ class TopP(Plugin):
         beyond = held(places)[:, :-1] >= p
         ranked[:, 1:].masked_fill_(beyond, -torch.inf)
         # Rounding can make the mass reach 1 before the last token, so p = 1 is not left to the sum.
-        keeps_all = any(cast(TopP.Params, request.parameters[self.name]).p == 1 for request in step.requests)
-        whole = logits.clone() if keeps_all else logits
+        may_keep_all = any(cast(TopP.Params, request.parameters[self.name]).p > _NEAR_ONE for request in step.requests)
+        whole = logits.clone() if may_keep_all else logits
         logits.fill_(-torch.inf).scatter_(-1, places, ranked)
-        if keeps_all:
+        if may_keep_all:
             logits.copy_(torch.where(p < 1, logits, whole))
