@@ -77,7 +77,7 @@ def test_the_best_are_ranked_until_it_is_enough(width: int, rows: int, seed: int
 
 
 @pytest.mark.parametrize("order", ["rising", "falling", "random"])
-@pytest.mark.parametrize("count", [1, 15, 100, 3000])
+@pytest.mark.parametrize("count", [0, 1, 15, 100, 3000])
 def test_of_wide_rows_those_of_a_stable_sort_come(order: str, count: int) -> None:
     values = torch.randn(3, 3000, generator=torch.Generator().manual_seed(count))
     values[:, ::7] = values[:, :1]

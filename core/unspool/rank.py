@@ -35,7 +35,7 @@ def best(values: Tensor, count: int) -> Tensor:
         `[n, count]` int64, best first.
     """
     by_kernel = _by_kernel(values)
-    if by_kernel is not None:
+    if by_kernel is not None and count:
         return by_kernel(values, count)
     top = values.topk(min(count + _SPARE, values.shape[1]), dim=-1)
     if bool(top.values[:, 0].isnan().any()):  # for `topk` it is the largest
