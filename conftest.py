@@ -1,4 +1,7 @@
-"""Builds the attention kernel before any test runs, so that all tests run by it, whoever ran before them."""
+"""Builds the attention kernel before any test runs, and lets each begin with the same random numbers.
+
+So all tests run by the kernel, and what a test finds does not depend on which ran before it.
+"""
 
 from __future__ import annotations
 
@@ -15,3 +18,10 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
         with contextlib.suppress(ModelError):  # no compiler: plain torch
             kernel.build()
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers() -> None:
+    import torch
+
+    torch.manual_seed(0)

@@ -153,7 +153,8 @@ def test_weights_of_any_exponents_are_kept_exactly(rare: int) -> None:
         pytest.skip("the processor does not multiply bfloat16")
     random = torch.Generator().manual_seed(rare)
     depth, width = 576, 72
-    weight = torch.rand(width, depth, generator=random).add(1) * 2.0 ** torch.randint(-7, 7, (width, depth))
+    weight = torch.rand(width, depth, generator=random).mul(0.99).add(1)  # never rounded to the next exponent
+    weight *= 2.0 ** torch.arange(-7, 8).repeat(width * depth // 15 + 1)[: width * depth].view(width, depth)  # all 15
     weight *= torch.randint(-1, 2, (width, depth), generator=random)
     scattered = torch.randperm(32 * depth, generator=random)[:rare]  # in the second of three groups
     weight[32:64].view(-1)[scattered] = 2.0 ** torch.linspace(20, 120, rare)
