@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 
 import pytest
+import torch
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -22,6 +23,15 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 @pytest.fixture(autouse=True)
 def _same_random_numbers() -> None:
-    import torch
-
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["float64", "float32"], ids=["plain", "kernel"])
+def working(request: pytest.FixtureRequest) -> torch.dtype:
+    """Give a working dtype that kernels leave to plain torch, and the one that they take."""
+    from unspool.huggingface import kernel
+
+    if request.param == "float32" and not kernel.available():
+        pytest.skip("there is no kernel here")
+    chosen: torch.dtype = getattr(torch, request.param)
+    return chosen

@@ -1,4 +1,4 @@
-// How far distributions over a vocabulary are apart, in two readings of each instead of a dozen.
+// How far distributions over a vocabulary are apart, and the ratio of two, in two or three readings instead of a dozen.
 //
 // What lies between the readings stays in a core's cache: a row is one core's. Each row is summed in the same order whatever
 // others there are.
@@ -43,66 +43,143 @@ inline Vector times_its_log(Vector p) {  // 0 where p is 0; a NaN remains
   return p == p ? found : p;
 }
 
-// The Jensen-Shannon divergence of p and of the softmax of logits, where the sum of p log p is known.
 template <typename T>
-float divergence_of(const float* p, float known, const T* logits, int64_t n) {
-  static thread_local std::vector<float> powers;
-  powers.resize(n + W);
+float greatest(const T* logits, int64_t n) {  // NaN is not seen
   Vector tops = all(NONE);
   for (int64_t i = 0; i < n; i += W) {
     const Vector v = some(logits + i, n - i, NONE);
     tops = v > tops ? v : tops;
   }
-  const float top = joined(tops, [](auto a, auto b) { return a > b ? a : b; });
+  return joined(tops, [](auto a, auto b) { return a > b ? a : b; });
+}
+
+struct Summed {
+  float norm;      // the sum of exp(x), x a logit less the greatest
+  float weighted;  // and of x exp(x)
+};
+
+// Write exp(x) of each logit to `powers`, which has room for a vector more.
+template <typename T>
+Summed raise(const T* logits, int64_t n, float* powers) {
+  const float top = greatest(logits, n);
   const auto [norm, weighted] = totals<2>(n, [&](int64_t i, Vector* sums) {
     const Vector x = some(logits + i, n - i, NONE) - top, kept = x < all(LOWEST) ? all(LOWEST) : x;
     const Vector power = kept == kept ? exponential(kept) : kept;
-    *reinterpret_cast<Loose*>(powers.data() + i) = power;
+    *reinterpret_cast<Loose*>(powers + i) = power;
     sums[0] += power;
     sums[1] += power * kept;
   });
-  const float share = 1 / norm;
+  return {norm, weighted};
+}
+
+inline float negative_entropy(Summed of) { return of.weighted / of.norm - std::log(of.norm); }  // the sum of p log p
+
+// The Jensen-Shannon divergence of two softmaxes, of which p is there and its sum of p log p is known.
+template <typename T>
+float divergence_of(const float* p, float known, const T* logits, int64_t n) {
+  static thread_local std::vector<float> powers;
+  powers.resize(n + W);
+  const Summed sums = raise(logits, n, powers.data());
+  const float share = 1 / sums.norm;
   const auto [both] = totals<1>(n, [&](int64_t i, Vector* sums) {
     const Vector q = *reinterpret_cast<const Loose*>(powers.data() + i) * share;
     sums[0] += times_its_log(some(p + i, n - i, 0.0f) + q);
   });
-  const float own = weighted * share - std::log(norm);  // the sum of q log q
-  return std::log(2.0f) - both / 2 + (known + own) / 2;
+  return std::log(2.0f) - both / 2 + (known + negative_entropy(sums)) / 2;
 }
 
-// p [n, vocab] float32, logits [m, vocab], m a multiple of n: the divergence of each row of logits from row i mod n of p.
-at::Tensor divergence(const at::Tensor& p_, const at::Tensor& logits_) {
-  const at::Tensor p = p_.contiguous(), logits = logits_.contiguous();
-  TORCH_CHECK(p.dim() == 2 && logits.dim() == 2 && p.size(1) == logits.size(1) && p.size(0) > 0 &&
-                  logits.size(0) % p.size(0) == 0,
-              "unspool::divergence takes [n, vocab] and [m, vocab], m a multiple of n, not ", p.sizes(), " and ",
-              logits.sizes());
-  TORCH_CHECK(p.scalar_type() == at::kFloat, "unspool::divergence takes float32 probabilities, not ", p.scalar_type());
-  const int64_t n = p.size(0), m = logits.size(0), vocab = p.size(1);
-  const float* ps = p.const_data_ptr<float>();
+// Logits [n, vocab] and [m, vocab], m a multiple of n: the divergence of each row of the second from row i mod n of the first.
+at::Tensor divergence(const at::Tensor& logits_, const at::Tensor& others_) {
+  const at::Tensor logits = logits_.contiguous(), others = others_.contiguous();
+  TORCH_CHECK(logits.dim() == 2 && others.dim() == 2 && logits.size(1) == others.size(1) && logits.size(0) > 0 &&
+                  others.size(0) % logits.size(0) == 0 && logits.scalar_type() == others.scalar_type(),
+              "unspool::divergence takes [n, vocab] and [m, vocab] of one dtype, m a multiple of n, not ", logits.sizes(),
+              " of ", logits.scalar_type(), " and ", others.sizes(), " of ", others.scalar_type());
+  const int64_t n = logits.size(0), m = others.size(0), vocab = logits.size(1), room = vocab + W;
+  const at::Tensor ps = at::empty({n, room}, logits.options().dtype(at::kFloat));
+  at::Tensor output = at::empty({m}, ps.options());
+  float *const p = ps.mutable_data_ptr<float>(), *const to = output.mutable_data_ptr<float>();
   std::vector<float> known(n);
-  at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row)
-      known[row] = totals<1>(vocab, [&](int64_t i, Vector* sums) {
-        sums[0] += times_its_log(some(ps + row * vocab + i, vocab - i, 0.0f));
-      })[0];
-  });
-  at::Tensor output = at::empty({m}, p.options());
-  float* to = output.mutable_data_ptr<float>();
   auto with = [&](auto dtype) {
     using T = decltype(dtype);
-    const T* from = logits.const_data_ptr<T>();
+    const T *one = logits.const_data_ptr<T>(), *other = others.const_data_ptr<T>();
+    at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        const Summed sums = raise(one + row * vocab, vocab, p + row * room);
+        known[row] = negative_entropy(sums);
+        const float share = 1 / sums.norm;
+        for (int64_t i = 0; i < vocab; ++i) p[row * room + i] *= share;
+      }
+    });
     at::parallel_for(0, m, 1, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row)
-        to[row] = divergence_of(ps + row % n * vocab, known[row % n], from + row * vocab, vocab);
+        to[row] = divergence_of(p + row % n * room, known[row % n], other + row * vocab, vocab);
     });
   };
   by_dtype(logits.scalar_type(), "unspool::divergence takes logits of", with);
   return output;
 }
 
+// The logarithm of the sum of exp(logit).
+template <typename T>
+float log_norm(const T* logits, int64_t n, float top) {
+  const auto [norm] = totals<1>(n, [&](int64_t i, Vector* sums) {
+    const Vector x = some(logits + i, n - i, NONE) - top, kept = x < all(LOWEST) ? all(LOWEST) : x;
+    sums[0] += kept == kept ? exponential(kept) : kept;
+  });
+  return top + std::log(norm);
+}
+
+// gain log p - weight log q instead of the logits of p, where p is at least alpha of its greatest; -inf elsewhere.
+template <typename T>
+void ratio_of(float* p, const T* q, int64_t n, float alpha, float gain, float weight) {
+  const float top = greatest(p, n), least = std::max(top + std::log(alpha), std::numeric_limits<float>::lowest());
+  const float own = top == NONE ? 0.0f : log_norm(p, n, top), other = log_norm(q, n, greatest(q, n));
+  for (int64_t i = 0; i < n; i += W) {
+    const Vector x = some(p + i, n - i, NONE), y = some(q + i, n - i, NONE);
+    const Vector out = x < all(least) ? all(NONE) : gain * (x - own) - weight * (y - other);
+    if (n - i >= W) {
+      *reinterpret_cast<Loose*>(p + i) = out;
+    } else {
+      for (int64_t k = 0; k < n - i; ++k) p[i + k] = out[k];
+    }
+  }
+}
+
+// p [n, vocab] float32, of which all is written anew, q [n, vocab], the others [n] float32.
+void log_ratio(at::Tensor& p, const at::Tensor& q_, const at::Tensor& alpha_, const at::Tensor& gain_,
+               const at::Tensor& weight_) {
+  const at::Tensor q = q_.contiguous(), alpha = alpha_.contiguous(), gain = gain_.contiguous();
+  const at::Tensor weight = weight_.contiguous();
+  TORCH_CHECK(p.dim() == 2 && p.is_contiguous() && p.scalar_type() == at::kFloat && q.sizes() == p.sizes(),
+              "unspool::log_ratio_ takes float32 logits [n, vocab] in one piece and others as many, not ", p.sizes(), " of ",
+              p.scalar_type(), " and ", q.sizes());
+  const int64_t n = p.size(0), vocab = p.size(1);
+  for (const at::Tensor& each : {alpha, gain, weight})
+    TORCH_CHECK(each.numel() == n && each.scalar_type() == at::kFloat,
+                "unspool::log_ratio_ takes a float32 number for each row, not ", each.sizes(), " of ", each.scalar_type());
+  float* to = p.mutable_data_ptr<float>();
+  const float *alphas = alpha.const_data_ptr<float>(), *gains = gain.const_data_ptr<float>();
+  const float* weights = weight.const_data_ptr<float>();
+  auto with = [&](auto dtype) {
+    using T = decltype(dtype);
+    const T* other = q.const_data_ptr<T>();
+    at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row)
+        ratio_of(to + row * vocab, other + row * vocab, vocab, alphas[row], gains[row], weights[row]);
+    });
+  };
+  by_dtype(q.scalar_type(), "unspool::log_ratio_ takes others of", with);
+}
+
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(unspool, library) { library.def("divergence(Tensor p, Tensor logits) -> Tensor"); }
+TORCH_LIBRARY_FRAGMENT(unspool, library) {
+  library.def("divergence(Tensor logits, Tensor others) -> Tensor");
+  library.def("log_ratio_(Tensor(a!) p, Tensor q, Tensor alpha, Tensor gain, Tensor weight) -> ()");
+}
 
-TORCH_LIBRARY_IMPL(unspool, CPU, library) { library.impl("divergence", divergence); }
+TORCH_LIBRARY_IMPL(unspool, CPU, library) {
+  library.impl("divergence", divergence);
+  library.impl("log_ratio_", log_ratio);
+}

@@ -24,7 +24,6 @@ from unspool.plugin import Plugin, hookimpl
 from unspool.registry import Registry
 from unspool.request import PreparedRequest, Result
 from unspool_beam.log_softmax import LogSoftmax
-from unspool_contrastive.contrast import contrast
 from unspool_contrastive.decoding import ContrastiveDecoding
 from unspool_contrastive.dola import Dola
 from unspool_contrastive.guidance import Guidance
@@ -262,35 +261,6 @@ def test_drafters_change_nothing(strategy: type[Plugin], case: str) -> None:
         drafting = Pipeline(plugin(strategy), [plugin(drafter, vocab_size=64), CASES[case][0]()])
         asked = request(bare, (1, 2), max_new_tokens=8, end_ids=(), logprobs="pipeline")
         check_speculation(TableModel(64, seed=1, memory=2), asked, bare, drafting, models=models)
-
-
-# ---- dead ends and what is spoilt ------------------------------------------------------------------------------------
-
-
-def test_a_contrast_leaves_forbidden_tokens_forbidden_and_makes_no_nan() -> None:
-    logits = torch.tensor([[1.0, -INF, 0.9, -9.0], [-INF] * 4, [0.0, -INF, -INF, -INF]])
-    against = torch.tensor([[-1.0, -INF, -2.0, -0.5], [-INF] * 4, [-3.0, -0.1, -INF, -0.1]])
-    contrast(logits, against, torch.full((3, 1), 0.1))
-    norm = math.log(math.exp(1.0) + math.exp(0.9) + math.exp(-9.0))
-    assert logits[0].tolist() == pytest.approx([1.0 - norm + 1, -INF, 0.9 - norm + 2, -INF])
-    assert logits[1].tolist() == [-INF] * 4
-    assert logits[2].tolist() == [3.0, -INF, -INF, -INF]
-
-
-def test_a_contrast_does_not_hide_that_a_row_is_spoilt() -> None:
-    logits = torch.tensor([[1.0, torch.nan]])
-    contrast(logits, torch.zeros(1, 2), torch.full((1, 1), 0.1))
-    assert logits.isnan().all()
-
-
-@pytest.mark.parametrize("alpha", [1.0, 0.5, 1e-6])
-def test_the_plausible_are_those_with_a_fraction_of_the_best_probability(alpha: float) -> None:
-    p = torch.tensor([[0.4, 0.2, 0.4 * alpha * 1.001, 0.4 * alpha * 0.999, 0.0]], dtype=torch.float64)
-    p.clamp_(max=0.4)
-    logits = p.log()
-    contrast(logits, torch.zeros(1, 5, dtype=torch.float64), torch.tensor([[alpha]], dtype=torch.float64))
-    expected = [0, *([1] if alpha <= 0.5 else []), 2]
-    assert (logits[0] > -INF).nonzero().flatten().tolist() == expected
 
 
 # ---- DoLa ------------------------------------------------------------------------------------------------------------

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from unspool.distributions import log_ratio
 from unspool.plugin import Companion, Parameters, Plugin, hookimpl, per_request
-from unspool_contrastive.contrast import contrast
 
 if TYPE_CHECKING:
     from unspool.step import Step
@@ -76,5 +76,5 @@ class ContrastiveDecoding(Plugin):
         alpha, beta, temperature = (
             step.values(self, field).to(logits).unsqueeze(-1) for field in ("alpha", "beta", "temperature")
         )
-        amateur = (step.companion(AMATEUR).to(logits) / temperature).log_softmax(dim=-1)
-        contrast(logits, amateur, alpha, gain=1 + beta if self.params.form == "obrien" else 1, weight=beta)
+        amateur = step.companion(AMATEUR).to(logits) / temperature
+        log_ratio(logits, amateur, alpha, gain=1 + beta if self.params.form == "obrien" else None, weight=beta)

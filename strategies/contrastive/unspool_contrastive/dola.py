@@ -23,9 +23,8 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from unspool.distributions import divergence
+from unspool.distributions import divergence, log_ratio
 from unspool.plugin import Parameters, Plugin, hookimpl, per_request
-from unspool_contrastive.contrast import contrast
 
 if TYPE_CHECKING:
     from unspool.step import Step
@@ -59,10 +58,10 @@ class Dola(Plugin):
     @hookimpl
     def logits_transform(self, step: Step, logits: Tensor) -> None:
         """Contrast every row with its own premature layer."""
-        p, each = step.raw.to(logits.dtype).softmax(dim=-1), torch.arange(len(logits), device=logits.device)
+        each = torch.arange(len(logits), device=logits.device)
         premature = farthest = None
         for early in self._said_early(step):
-            distances = divergence(p, early)
+            distances = divergence(step.raw, early)
             distance, layer = distances.max(dim=0)
             own = early[layer, each]
             if premature is None or farthest is None:
@@ -71,8 +70,7 @@ class Dola(Plugin):
                 nearer = (distance <= farthest).unsqueeze(-1)  # a NaN is taken, and so is seen
                 premature, farthest = torch.where(nearer, premature, own), farthest.maximum(distance)
         assert premature is not None, "there is at least one layer"
-        against = premature.to(logits).log_softmax(dim=-1)
-        contrast(logits, against, step.values(self, "alpha").to(logits).unsqueeze(-1))
+        log_ratio(logits, premature, step.values(self, "alpha").to(logits).unsqueeze(-1))
 
     def _said_early(self, step: Step) -> Iterator[Tensor]:
         """Give the logits of the candidate layers, of some at once: `[layers, rows, vocab]`."""

@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from unspool.errors import InputError
 from unspool.hooks import Growth
+from unspool.likeness import nearest
 from unspool.plugin import Parameters, Plugin, hookimpl
 from unspool.rank import best
 
@@ -35,10 +35,6 @@ if TYPE_CHECKING:
 
 LAST = -1
 """The layer that likeness is measured in: after the final norm."""
-_LEAST_NORM = 1e-12
-"""Of a vector that has a direction."""
-_AT_ONCE = 1 << 22
-"""Products of hidden states that are made before they are summed."""
 
 
 class ContrastiveSearch(Plugin):
@@ -125,31 +121,3 @@ def _spread(values: Tensor, there: Tensor) -> Tensor:
     spread = values.new_zeros((*there.shape, *values.shape[1:]))
     spread[there] = values
     return spread
-
-
-def nearest(candidates: Tensor, path: Tensor, there: Tensor) -> Tensor:
-    """Give the largest cosine between each candidate's hidden state and those of a path.
-
-    Each cosine is a sum of products, not an entry of a matrix product: its bits depend on nothing else, so that
-    candidates with equal hidden states tie, whatever else is in the batch.
-
-    Args:
-        candidates: `[rows, k, width]`.
-        path: `[rows, longest, width]`.
-        there: `[rows, longest]` bool, False where a path is padded.
-
-    Returns:
-        `[rows, k]`.
-    """
-    rows = max(1, _AT_ONCE // (candidates.shape[1] * path[0].numel()))
-    parts = zip(torch.split(candidates, rows), torch.split(path, rows), strict=True)
-    cosines = torch.cat([_cosines(*some) for some in parts])
-    return cosines.masked_fill(~there.unsqueeze(1), -torch.inf).amax(dim=-1)
-
-
-def _cosines(candidates: Tensor, path: Tensor) -> Tensor:
-    """Give the cosine of each candidate `[rows, k, width]` with each place of a path: `[rows, k, longest]`."""
-    candidates, path = normalize(candidates, dim=-1), path.to(candidates)
-    products = (candidates.unsqueeze(2) * path.unsqueeze(1)).sum(dim=-1)
-    norms: Tensor = path.norm(dim=-1).clamp_(min=_LEAST_NORM)
-    return products / norms.unsqueeze(1)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from power.fault import Fault, fault
 from power.slips import edit
-from unspool.distributions import divergence
-from unspool_contrastive.contrast import contrast
+from unspool.distributions import divergence, log_ratio
+from unspool.likeness import _cosines, nearest
 from unspool_contrastive.decoding import ContrastiveDecoding
 from unspool_contrastive.dola import Dola
 from unspool_contrastive.guidance import Guidance
-from unspool_contrastive.search import ContrastiveSearch, _cosines, nearest
+from unspool_contrastive.search import ContrastiveSearch
 
 FAULTS: tuple[Fault, ...] = (
     fault(
@@ -76,13 +76,19 @@ FAULTS: tuple[Fault, ...] = (
         "a contrast keeps what is plausible by the sum of log-probabilities",
         "dola",
         "reference",
-        edit(contrast, "+ alpha.log()", "* alpha"),
+        edit(log_ratio, "+ alpha.log()", "* alpha"),
     ),
     fault(
         "a contrast takes the best token of all rows for that of a row",
         "contrastive_decoding",
         "batch_invariance",
-        edit(contrast, "logits.amax(dim=-1, keepdim=True)", "logits.amax()"),
+        edit(log_ratio, "logits.amax(dim=-1, keepdim=True)", "logits.amax()"),
+    ),
+    fault(
+        "a contrast subtracts the other's logits for its log-probabilities",
+        "dola",
+        "reference",
+        edit(log_ratio, "others.to(logits).log_softmax(dim=-1)", "others.to(logits)"),
     ),
     fault(
         "contrastive decoding cools the expert's share of O'Brien's form",
@@ -91,14 +97,10 @@ FAULTS: tuple[Fault, ...] = (
         edit(ContrastiveDecoding.logits_transform, "gain=1 + beta if", "gain=1 - beta if"),
     ),
     fault(
-        "contrastive decoding applies the amateur's temperature after its softmax",
+        "contrastive decoding heats an amateur that it should cool",
         "contrastive_decoding",
         "reference",
-        edit(
-            ContrastiveDecoding.logits_transform,
-            "(step.companion(AMATEUR).to(logits) / temperature).log_softmax(dim=-1)",
-            "step.companion(AMATEUR).to(logits).log_softmax(dim=-1) / temperature",
-        ),
+        edit(ContrastiveDecoding.logits_transform, ".to(logits) / temperature", ".to(logits) * temperature"),
     ),
     fault(
         "contrastive decoding takes the parameters of its first request for everybody's",
@@ -130,7 +132,7 @@ FAULTS: tuple[Fault, ...] = (
         "DoLa measures layers against the logits that plugins before it left",
         "dola",
         "reference",
-        edit(Dola.logits_transform, "step.raw.to(logits.dtype).softmax(dim=-1)", "logits.softmax(dim=-1)"),
+        edit(Dola.logits_transform, "divergence(step.raw, early)", "divergence(logits, early)"),
     ),
     fault(
         "a Jensen-Shannon divergence is half a Kullback-Leibler one",
