@@ -28,12 +28,9 @@ from unspool.huggingface.int8 import quantize
 from unspool.huggingface.runner import HuggingFaceRunner
 from unspool.huggingface.survey import refuse_by_config
 
-_QUANTIZATIONS = {
-    "bitsandbytes-8bit": "load_in_8bit",
-    "bitsandbytes-4bit": "load_in_4bit",
-    "torchao-int8": "Int8WeightOnlyConfig",
-    "torchao-int4": "Int4WeightOnlyConfig",
-}
+_QUANTIZATIONS = ("bitsandbytes-8bit", "bitsandbytes-4bit", "torchao-int8", "torchao-int4")
+_GROUP = 32
+"""Weights of 4 bits that share a scale: the least that torchao has, since it loses least."""
 OWN = "int8"
 """A quantization that needs no library but torch."""
 
@@ -115,7 +112,7 @@ def load(
         settings["revision"] = revision
     if quantization == OWN and target.type != "cpu":
         raise InputError("quantization", quantization, f"int8 is for a CPU, not {target}: take torchao-int8 there")
-    quantized = {} if quantization in (None, OWN) else {"quantization_config": _quantization(str(quantization))}
+    quantized = {} if quantization in (None, OWN) else {"quantization_config": _quantization(str(quantization), target)}
     source = local_folder(name)
     if not Path(source).is_dir():
         check_reachable(source, revision)
@@ -189,17 +186,23 @@ def _dtype(name: str, device: torch.device) -> torch.dtype | str:
     return dtype
 
 
-def _quantization(name: str) -> Any:
+def _quantization(name: str, device: torch.device) -> Any:
     if name not in _QUANTIZATIONS:
         raise InputError("quantization", name, f"allowed are {OWN}, {', '.join(_QUANTIZATIONS)}")
-    library, setting = name.partition("-")[0], _QUANTIZATIONS[name]
+    library, kind = name.split("-")
     for package in (library, "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise ModelError(f"quantization {name} needs a package that is not installed: pip install {package}")
     if library == "bitsandbytes":
         make: Any = BitsAndBytesConfig
-        return make(**{setting: True})
-    return TorchAoConfig(getattr(importlib.import_module("torchao.quantization"), setting)())
+        return make(**{f"load_in_{kind}": True})
+    ao: Any = importlib.import_module("torchao.quantization")
+    if kind == "int8":
+        return TorchAoConfig(ao.Int8WeightOnlyConfig())
+    if device.type == "cpu":  # its formats for products of 4 bits are a GPU's
+        four: Any = torch.int4  # type: ignore[attr-defined]
+        return TorchAoConfig(ao.IntxWeightOnlyConfig(weight_dtype=four, granularity=ao.PerGroup(_GROUP)))
+    return TorchAoConfig(ao.Int4WeightOnlyConfig(group_size=_GROUP, int4_packing_format="tile_packed_to_4d"))
 
 
 def local_folder(name: str) -> str:

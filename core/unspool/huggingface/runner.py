@@ -335,7 +335,17 @@ def _digest(model: PreTrainedModel) -> str:
     with torch.inference_mode():
         for name, weight in model.named_parameters():
             digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-            flat = weight.detach().reshape(-1)
-            samples.append(flat[:: max(1, len(flat) // 64)][:64].to(torch.float64))
+            for part in _parts(weight):
+                flat = part.detach().reshape(-1)
+                samples.append(flat[:: max(1, len(flat) // 64)][:64].to(torch.float64))
         digest.update(np.ascontiguousarray(torch.cat(samples).cpu().numpy()).tobytes())
     return digest.hexdigest()[:16]
+
+
+def _parts(weight: Tensor) -> Iterator[Tensor]:
+    """Give the plain tensors that a weight is made of: one, but for those of libraries that quantize."""
+    if type(weight) in (Tensor, nn.Parameter) or not hasattr(weight, "__tensor_flatten__"):
+        yield weight
+        return
+    for name in weight.__tensor_flatten__()[0]:
+        yield from _parts(getattr(weight, name))
