@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,7 +25,7 @@ def side(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip("there is no kernel here")
     with pytest.MonkeyPatch.context() as patched:
         if request.param == "torch":
-            patched.setattr(rank, "_by_kernel", lambda values: None)
+            patched.setattr(rank, "_by_kernel", lambda *_: None)
         yield request.param
 
 
@@ -106,3 +107,24 @@ def test_the_kernel_refuses_what_it_cannot_rank() -> None:
         torch.ops.unspool.best(values, 201)
     with pytest.raises(RuntimeError, match=r"of float32, not \[2, 200\] of Double"):
         torch.ops.unspool.best(values.double(), 2)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 5])
+@pytest.mark.parametrize("width", [1, 15, 16, 17, 1000])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_a_copy_comes_with_the_largest_of_each_row(dtype: torch.dtype, width: int, rows: int) -> None:
+    values = torch.randn(rows, width).to(dtype)
+    for working in (torch.float32, torch.float64):
+        copy, top = rank.widened(values, working)
+        assert copy.dtype == top.dtype == working
+        assert torch.equal(copy, values.to(working)) and torch.equal(top, values.to(working).amax(dim=-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_largest_of_a_spoilt_row_is_no_number_and_of_a_dead_one_minus_infinity(dtype: torch.dtype) -> None:
+    values = torch.randn(5, 37).to(dtype)
+    values[0, 3] = values[1, 36] = torch.nan
+    values[2], values[3, 5] = -torch.inf, torch.inf
+    top = rank.widened(values, torch.float32)[1].tolist()
+    assert math.isnan(top[0]) and math.isnan(top[1])
+    assert top[2:4] == [-math.inf, math.inf] and math.isfinite(top[4])

@@ -90,13 +90,14 @@ class Decider:
         group, pipeline = self.group, self.pipeline
         one_by_one = one_by_one or group.recorder is not None
         raw = group.logits_of(rows.node)
-        logits = group.working_copy(rows, raw)
+        logits, peak = group.working_copy(rows, raw)
         step = Step(group, rows, round_=round_, raw=raw, looks_ahead=looks_ahead)
         if group.recorder:
             group.recorder.begin(logits)
         if pipeline.transforms:
             self._call("logits_transform", one_by_one, step=step, logits=logits)
-        peak = logits.amax(dim=-1)
+        if peak is None:
+            peak = logits.amax(dim=-1)
         dead: frozenset[int] = frozenset()
         spoilt: frozenset[int] = frozenset()
         if not pipeline.row_local:  # its topk must never see a NaN or a row without a candidate
@@ -337,7 +338,7 @@ class Decider:
         raw = self.group.logits_of(alone.node)
         if _health(raw.amax(dim=-1).tolist())[1]:
             return PluginError("the model", "forward", "its logits hold NaN or +inf")
-        logits = self.group.working_copy(alone, raw)
+        logits, _ = self.group.working_copy(alone, raw)
         step = Step(self.group, alone, raw=raw)
         for plugin, method in self.pipeline.implementations("logits_transform"):
             try:

@@ -21,6 +21,7 @@ from unspool.lane import Lane, NoSlots, Readings, Share
 from unspool.live import Live
 from unspool.pipeline import Pipeline
 from unspool.plugin import Plugin
+from unspool.rank import widened
 from unspool.runner import Output
 from unspool.step import Rows, Step
 from unspool.tree import NONE
@@ -444,14 +445,18 @@ class Group:
         asked.sort(key=lambda i: (lives[i].order, i))
         table = Rows.at([(lives[i], rows.branch[which[i]], nodes[i]) for i in asked])
         raw = logits[torch.tensor(asked, dtype=torch.int64, device=logits.device)]
-        step, edited = Step(self, table, raw=raw), self.working_copy(table, raw)
+        step, edited = Step(self, table, raw=raw), self.working_copy(table, raw)[0]
         for plugin, method in self.pipeline.implementations("logits_transform") if asked else ():
             if not (plugin.reads_logprob or plugin.hidden or plugin.path_hidden or plugin.companions()):
                 method(step=step, logits=edited)
         return asked, step, edited
 
-    def working_copy(self, rows: Rows, raw: Tensor) -> Tensor:
-        """Copy raw logits into the working dtype, end ids banned where a row is below `min_new_tokens`."""
+    def working_copy(self, rows: Rows, raw: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Copy raw logits into the working dtype, end ids banned where a row is below `min_new_tokens`.
+
+        Returns:
+            `[rows, vocab]`, and the largest logit of each row, where nobody will write to them.
+        """
         length = self.tree.length
         banned: list[tuple[int, int]] = []
         if any(live.request.limits.min_new_tokens for live in rows.lives):
@@ -462,12 +467,12 @@ class Group:
                 for end in prepared.end_ids
             )
         if not banned and not self.pipeline.transforms:
-            return raw.to(self.dtype)  # nobody writes to it, so it need not be a copy
+            return widened(raw, self.dtype)
         logits = raw.to(self.dtype, copy=True)
         if banned:
             row, end = torch.from_numpy(np.array(banned, dtype=np.int64)).T.to(self.device)
             logits[row, end] = -torch.inf
-        return logits
+        return logits, None
 
     def state_index(self, plugin: Plugin) -> int:
         """Give the place of a plugin's state among the states of a node."""

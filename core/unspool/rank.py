@@ -8,6 +8,7 @@ brings (`huggingface/ranks.cpp`).
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +18,22 @@ _SPARE = 16
 """How many values beyond those wanted are looked at first, so that ties at the edge show there."""
 
 
+def widened(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Copy values into a dtype and find the largest of each row, NaN where there is one: `[n, m]` and `[n]`."""
+    by_kernel = _by_kernel("widened", values, torch.bfloat16, torch.float16)
+    if by_kernel is not None and dtype == torch.float32:
+        found: tuple[Tensor, Tensor] = by_kernel(values)
+        return found
+    copy = values.to(dtype)
+    return copy, copy.amax(dim=-1)
+
+
 def argmax(values: Tensor) -> Tensor:
     """Find the first of the largest values of each row: `[n, m]` -> `[n]` int64. No value may be NaN."""
+    by_kernel = _by_kernel("best", values, torch.float32)
+    if by_kernel is not None:
+        first: Tensor = by_kernel(values, 1).squeeze(1)
+        return first
     if values.device.type == "cpu" and values.dtype in (torch.float32, torch.float64):
         return torch.from_numpy(values.numpy().argmax(axis=-1))  # NumPy's compares a whole vector register at once
     return values.argmax(dim=-1)
@@ -34,9 +49,10 @@ def best(values: Tensor, count: int) -> Tensor:
     Returns:
         `[n, count]` int64, best first.
     """
-    by_kernel = _by_kernel(values)
+    by_kernel = _by_kernel("best", values, torch.float32)
     if by_kernel is not None and count:
-        return by_kernel(values, count)
+        ranked: Tensor = by_kernel(values, count)
+        return ranked
     top = values.topk(min(count + _SPARE, values.shape[1]), dim=-1)
     if bool(top.values[:, 0].isnan().any()):  # for `topk` it is the largest
         return best(values.masked_fill(values.isnan(), -torch.inf), count)
@@ -53,9 +69,9 @@ def best(values: Tensor, count: int) -> Tensor:
     return index.gather(1, order)[:, :count]
 
 
-def _by_kernel(values: Tensor) -> Callable[[Tensor, int], Tensor] | None:
-    fits = values.device.type == "cpu" and values.dtype == torch.float32
-    return getattr(torch.ops.unspool, "best", None) if fits else None
+def _by_kernel(name: str, values: Tensor, *dtypes: torch.dtype) -> Callable[..., Any] | None:
+    fits = values.device.type == "cpu" and values.dtype in dtypes
+    return getattr(torch.ops.unspool, name, None) if fits else None
 
 
 def best_until(values: Tensor, enough: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:

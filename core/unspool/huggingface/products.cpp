@@ -226,22 +226,20 @@ at::Tensor lay_out(const at::Tensor& weight) {
   return whole.view({groups, COLUMNS, depth / 2, 2}).permute({0, 2, 1, 3}).contiguous();
 }
 
-// What becomes of the sums of a group's columns, unless nothing does.
+// What becomes of the sums of a group's columns, of which so many are wanted, unless nothing does.
 struct Finish {
-  bool any;
-  float scale[COLUMNS], bias[COLUMNS];
+  const float* scales;
+  const at::BFloat16* biases;
+  int64_t columns;
 
-  Finish(const float* scales, const at::BFloat16* biases, int64_t first, int64_t columns) : any(scales || biases) {
-    for (int64_t n = 0; any && n < COLUMNS; ++n) {
-      scale[n] = scales && n < columns ? scales[first + n] : 1.0f;
-      bias[n] = biases && n < columns ? static_cast<float>(biases[first + n]) : 0.0f;
-    }
-  }
+  Finish(const float* all_scales, const at::BFloat16* all_biases, int64_t first, int64_t wanted)
+      : scales(all_scales ? all_scales + first : nullptr), biases(all_biases ? all_biases + first : nullptr),
+        columns(wanted) {}
 
   // Of the vector of columns from n.
-  Vector of(Vector sum, int n) const {
-    if (!any) return sum;
-    return sum * *reinterpret_cast<const Loose*>(scale + n) + *reinterpret_cast<const Loose*>(bias + n);
+  Vector of(Vector sum, int64_t n) const {
+    const Vector scaled = scales ? sum * some(scales + n, columns - n, 1.0f) : sum;
+    return biases ? scaled + some(biases + n, columns - n, 0.0f) : scaled;
   }
 };
 

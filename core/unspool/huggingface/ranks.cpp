@@ -1,4 +1,4 @@
-// The best of each row, in one reading: only numbers above the worst of the best so far are looked at again.
+// The best of each row, and the greatest beside a copy, in one reading.
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <tuple>
 #include <vector>
 
 #include "vectors.h"
@@ -26,7 +27,8 @@ struct Ranked {
   }
 };
 
-// The places of the `count` largest of n numbers, best first; of equal ones the first come first.
+// The places of the `count` largest of n numbers, best first; of equal ones the first come first. Only numbers above the
+// worst of the best so far are looked at again.
 void rank(const float* values, int64_t n, int64_t count, std::vector<Ranked>& kept, int64_t* to) {
   kept.clear();
   float least = std::numeric_limits<float>::infinity();
@@ -66,8 +68,53 @@ at::Tensor best(const at::Tensor& values_, int64_t count) {
   return places;
 }
 
+// Copy n numbers as float32, and give the greatest; NaN if there is one.
+template <typename T>
+float widen(const T* from, int64_t n, float* to) {
+  Vector tops = all(NONE);
+  Whole strange{};
+  int64_t i = 0;
+  for (; i + W <= n; i += W) {
+    const Vector v = Element<T>::load(from + i);
+    *reinterpret_cast<Loose*>(to + i) = v;
+    tops = v > tops ? v : tops;
+    strange |= v != v;
+  }
+  float top = joined(tops, [](auto a, auto b) { return a > b ? a : b; });
+  bool is_strange = any(strange);
+  for (; i < n; ++i) {
+    to[i] = Element<T>::one(from + i);
+    top = std::max(top, to[i]);
+    is_strange |= to[i] != to[i];
+  }
+  return is_strange ? std::numeric_limits<float>::quiet_NaN() : top;
+}
+
+// values [n, m]: a copy in float32, and the greatest of each row.
+std::tuple<at::Tensor, at::Tensor> widened(const at::Tensor& values_) {
+  const at::Tensor values = values_.contiguous();
+  TORCH_CHECK(values.dim() == 2, "unspool::widened takes [n, m], not ", values.sizes());
+  const int64_t rows = values.size(0), width = values.size(1);
+  at::Tensor copy = at::empty({rows, width}, values.options().dtype(at::kFloat)), tops = at::empty({rows}, copy.options());
+  float *to = copy.mutable_data_ptr<float>(), *top = tops.mutable_data_ptr<float>();
+  auto with = [&](auto dtype) {
+    const auto* from = values.const_data_ptr<decltype(dtype)>();
+    at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) top[row] = widen(from + row * width, width, to + row * width);
+    });
+  };
+  by_dtype(values.scalar_type(), "unspool::widened takes", with);
+  return {copy, tops};
+}
+
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(unspool, library) { library.def("best(Tensor values, int count) -> Tensor"); }
+TORCH_LIBRARY_FRAGMENT(unspool, library) {
+  library.def("best(Tensor values, int count) -> Tensor");
+  library.def("widened(Tensor values) -> (Tensor, Tensor)");
+}
 
-TORCH_LIBRARY_IMPL(unspool, CPU, library) { library.impl("best", best); }
+TORCH_LIBRARY_IMPL(unspool, CPU, library) {
+  library.impl("best", best);
+  library.impl("widened", widened);
+}
