@@ -170,6 +170,43 @@ def test_weights_of_any_exponents_are_kept_exactly(rare: int) -> None:
     assert torch.equal(found, weight.T)
 
 
+@pytest.mark.parametrize("width", [32, 96, 320])
+@pytest.mark.parametrize("kind", ["integers", "codes", "halves"])
+def test_a_gated_product_is_silu_of_the_one_times_the_other_and_each_row_is_its_own(kind: str, width: int) -> None:
+    if not kernel.multiplies():
+        pytest.skip("the processor does not multiply bfloat16")
+    depth, scale = 160, None
+    weight = torch.randn(2 * width, depth).bfloat16()
+    if kind == "integers":
+        weight = torch.randint(-127, 128, weight.shape, dtype=torch.int8)
+        scale = torch.rand(2 * width) / 127
+    elif kind == "halves":
+        weight *= 2.0 ** torch.randint(-20, 20, weight.shape)
+        weight /= 2**12
+    bias = torch.randn(2 * width).bfloat16()
+
+    def by_turns(values: torch.Tensor) -> torch.Tensor:
+        return values.view(2, -1, 32, *values.shape[1:]).transpose(0, 1).reshape(values.shape)
+
+    laid, scales = torch.ops.unspool.lay_out(by_turns(weight)), None if scale is None else by_turns(scale)
+    assert laid.dtype == {"integers": torch.int8, "codes": torch.uint8, "halves": torch.bfloat16}[kind]
+    for count in (1, 2, 5, 12, 13, 24, 47, 48, 100):
+        rows = torch.randn(count, depth).bfloat16()
+        both = rows.double() @ (weight.double() * (1 if scale is None else scale.double()[:, None])).T
+        for added, turned in ((None, None), (bias, by_turns(bias))):
+            gate, up = torch.split(both if added is None else both + added.double(), width, dim=1)
+            found = torch.ops.unspool.project_gated(rows, laid, scales, turned, width)
+            expected = torch.nn.functional.silu(gate) * up
+            torch.testing.assert_close(found.double(), expected, rtol=2**-6, atol=2e-3 * float(expected.abs().max()))
+        one = torch.ops.unspool.project_gated(rows[-1:], laid, scales, by_turns(bias), width)
+        assert torch.equal(found[-1:], one)
+        rows[count // 2] = torch.nan
+        spoilt = torch.ops.unspool.project_gated(rows, laid, scales, None, width).isnan()
+        assert spoilt[count // 2].all() and spoilt.sum() == width
+    with pytest.raises(RuntimeError, match=f"has {width} columns, not {width - 1}"):
+        torch.ops.unspool.project_gated(rows, laid, scales, None, width - 1)
+
+
 def test_weights_that_cannot_be_laid_out_and_products_that_do_not_fit_are_refused() -> None:
     if not kernel.multiplies():
         pytest.skip("the processor does not multiply bfloat16")

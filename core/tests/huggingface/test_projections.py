@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from unspool.huggingface import HuggingFaceRunner, kernel, projections
 from unspool.huggingface.int8 import Int8Linear, quantize, widen
-from unspool.huggingface.projections import Packed, Part, Projection, multiplied_by_kernel, quicken
+from unspool.huggingface.projections import Gated, Packed, Part, Projection, multiplied_by_kernel, quicken
 from unspool_testing.networks import ARCHITECTURES, tiny_model
 
 
@@ -100,6 +103,88 @@ def test_products_by_the_kernel_are_those_of_the_layers_and_a_row_is_the_same_be
     for linear in linears:
         rows = torch.randn(40, linear.in_features).bfloat16()
         assert all(torch.equal(linear(rows[:n]), linear(rows)[:n]) for n in (1, 2, 7, 8, 9, 17, 39))
+
+
+def gating(act: str, *, width: int = 64, bias: bool = False) -> Any:
+    """Give a small Llama whose feed-forward layers are as wide as a gated product has to be."""
+    config: Any = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        hidden_act=act,
+        mlp_bias=bias,
+    )
+    torch.manual_seed(0)
+    made: Any = LlamaForCausalLM(config)
+    return made.to(torch.bfloat16).eval()
+
+
+@pytest.mark.parametrize("integers", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@torch.inference_mode()
+def test_a_gated_unit_is_computed_in_one_and_its_parts_remain(bias: bool, integers: bool) -> None:
+    if not kernel.multiplies():
+        pytest.skip("the processor does not multiply bfloat16")
+    model, exact = gating("silu", bias=bias), gating("silu", bias=bias)
+    if integers:
+        quantize(model)
+        quantize(exact)
+    state = {name: weight.data_ptr() for name, weight in model.state_dict().items()}
+    ids = torch.randint(3, 60, (2, 40))
+    widen(exact, torch.float32)
+    before = exact(ids, use_cache=False).logits
+    quicken(model)
+    units = [module for module in model.modules() if isinstance(module, Gated)]
+    assert len(units) == 2
+    assert {name: weight.data_ptr() for name, weight in model.state_dict().items()} == state
+    assert multiplied_by_kernel(model)
+    after = model(ids, use_cache=False).logits
+    assert (after.float() - before).square().mean().sqrt() < 0.02 * before.std()
+    x = torch.randn(3, 32).bfloat16()
+    own = exact.get_submodule("model.layers.0.mlp")
+    for name in ("gate_proj", "up_proj"):
+        part = units[0].get_submodule(name)
+        torch.testing.assert_close(part(x).float(), own.get_submodule(name)(x.float()), rtol=2**-7, atol=1e-3)
+
+
+@pytest.mark.parametrize(("act", "width"), [("gelu", 64), ("gelu_pytorch_tanh", 64), ("relu", 64), ("silu", 72)])
+def test_other_units_are_left_as_they_are(act: str, width: int) -> None:
+    model = gating(act, width=width)
+    quicken(model)
+    assert not any(isinstance(module, Gated) for module in model.modules())
+
+
+def test_what_only_looks_like_a_gated_unit_is_not_taken_for_one() -> None:
+    class Sum(nn.Module):
+        gate: Any
+        up: Any
+        back: Any
+
+        def __init__(self, whole: Any) -> None:
+            super().__init__()
+            self.gate, self.up, self.back, self.act = whole.gate_proj, whole.up_proj, whole.down_proj, nn.SiLU()
+
+        def forward(self, x: Tensor) -> Any:
+            return self.back(self.act(self.gate(x)) + self.up(x))
+
+    class Pair(Sum):
+        def forward(self, x: Tensor) -> Any:
+            return self.back(self.act(self.gate(x)) * self.up(x)), x
+
+    class Whole(Sum):
+        def forward(self, x: Tensor) -> Any:
+            return self.back(self.act(self.gate(x)) * self.up(x))
+
+    if not kernel.multiplies():
+        pytest.skip("the processor does not multiply bfloat16")
+    for kind, is_one in ((Whole, True), (Sum, False), (Pair, False)):
+        unit = kind(gating("silu").get_submodule("model.layers.0.mlp"))
+        unit.gate, unit.up = projections._joined(
+            [unit.gate, unit.up], lambda linear, keep: Projection(linear, keep=keep)
+        )
+        assert (projections._gated(unit) is not None) == is_one
 
 
 def test_weights_that_do_not_fit_into_memory_twice_are_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -457,24 +457,51 @@ void run(const Item& item, const Part& part, const Shape& shape, const at::Tenso
   }
 }
 
+// The pieces of each token: the item that has it for the first head of keys, and its row there.
+struct Pieces {
+  std::vector<int64_t> begin;  // [tokens + 1]
+  std::vector<std::pair<int64_t, int64_t>> all;
+
+  Pieces(const std::vector<Part>& parts, const std::vector<Item>& items, int64_t kv_heads, int64_t tokens)
+      : begin(tokens + 2) {
+    auto each = [&](auto what) {
+      for (size_t i = 0; i < items.size(); i += kv_heads)
+        for (int64_t t = items[i].first; t < items[i].last; ++t)
+          what(parts[items[i].part].rows[3 * t], std::pair<int64_t, int64_t>(i, t - items[i].first));
+    };
+    each([&](int64_t token, auto) { ++begin[token + 2]; });
+    std::partial_sum(begin.begin(), begin.end(), begin.begin());
+    all.resize(begin.back());
+    each([&](int64_t token, auto piece) { all[begin[token + 1]++] = piece; });  // which moves each begin to its place
+  }
+};
+
 // Merge the pieces of each token and head, and write them out.
 template <typename T>
-void finish(const std::vector<std::vector<std::pair<int64_t, int64_t>>>& pieces, const std::vector<Item>& items,
-            const Shape& shape, const float* scratch, const float* sinks, T* output) {
-  const int64_t E = shape.value_width, tokens = static_cast<int64_t>(pieces.size());
+void finish(const Pieces& pieces, const std::vector<Item>& items, const Shape& shape, const float* scratch,
+            const float* sinks, int64_t tokens, T* output) {
+  const int64_t E = shape.value_width;
   at::parallel_for(0, tokens, 8, [&](int64_t begin, int64_t end) {
     std::vector<float> merged(E);
     for (int64_t token = begin; token < end; ++token) {
+      const auto* first = pieces.all.data() + pieces.begin[token];
+      const auto* last = pieces.all.data() + pieces.begin[token + 1];
       for (int64_t head = 0; head < shape.heads; ++head) {
         const int64_t g = head % shape.group;
         float most = sinks ? sinks[head] : NONE, total = sinks ? 1.0f : 0.0f;
-        std::fill(merged.begin(), merged.end(), 0.0f);
-        for (auto [number, row] : pieces[token]) {
-          const Item& item = items[number + head / shape.group];
-          const int64_t rows = (item.last - item.first) * shape.group, r = row * shape.group + g;
+        const float* sums = merged.data();
+        if (last - first != 1 || sinks) std::fill(merged.begin(), merged.end(), 0.0f);
+        for (const auto* piece = first; piece < last; ++piece) {
+          const Item& item = items[piece->first + head / shape.group];
+          const int64_t rows = (item.last - item.first) * shape.group, r = piece->second * shape.group + g;
           const float* found = scratch + item.scratch;
           const float top = found[rows * (E + 1) + r];
           const float sum = found[rows * E + r];
+          if (last - first == 1 && !sinks) {  // nothing to merge
+            sums = found + r * E;
+            total = sum;
+            continue;
+          }
           if (sum == 0) continue;
           const float best = std::max(most, top);
           const float old = most == NONE ? 0.0f : std::exp(most - best), now = std::exp(top - best);
@@ -484,8 +511,8 @@ void finish(const std::vector<std::vector<std::pair<int64_t, int64_t>>>& pieces,
         }
         T* to = output + (token * shape.heads + head) * E;
         int64_t e = 0;
-        for (; e + W <= E; e += W) Element<T>::store(to + e, *reinterpret_cast<Loose*>(merged.data() + e) / total);
-        for (; e < E; ++e) to[e] = Element<T>::rounded(merged[e] / total);
+        for (; e + W <= E; e += W) Element<T>::store(to + e, *reinterpret_cast<const Loose*>(sums + e) / total);
+        for (; e < E; ++e) to[e] = Element<T>::rounded(sums[e] / total);
       }
     }
   });
@@ -532,7 +559,6 @@ void attend_as(const at::Tensor& query, const at::Tensor& key, const at::Tensor&
   const int64_t threads = at::get_num_threads();
   const int64_t tall = std::max<int64_t>(1, TILE / shape.group);
   std::vector<Item> items;
-  std::vector<std::vector<std::pair<int64_t, int64_t>>> pieces(n);  // token -> (item of head 0, row there)
   int64_t scratch = 0;
   for (int64_t p = 0; p < part_count; ++p) {
     const Part& part = parts[p];
@@ -546,7 +572,6 @@ void attend_as(const at::Tensor& query, const at::Tensor& key, const at::Tensor&
       const int64_t fair = threads > 1 ? work / (threads * 4) / (last - first) : high;
       const int64_t piece = std::max<int64_t>(256, fair / BLOCK * BLOCK);
       for (int64_t begin = low; begin < high; begin += piece) {
-        for (int64_t t = first; t < last; ++t) pieces[part.rows[3 * t]].emplace_back(items.size(), t - first);
         for (int64_t h = 0; h < shape.kv_heads; ++h) {
           items.push_back({p, h, first, last, begin, std::min(high, begin + piece), scratch});
           scratch += (last - first) * shape.group * (E + 2);
@@ -578,7 +603,7 @@ void attend_as(const at::Tensor& query, const at::Tensor& key, const at::Tensor&
                 upcoming, buffers, results + item.scratch);
     }
   });
-  finish<T>(pieces, items, shape, results, sinks, output.data_ptr<T>());
+  finish<T>(Pieces(parts, items, shape.kv_heads, n), items, shape, results, sinks, n, output.data_ptr<T>());
 }
 
 at::Tensor attend(const at::Tensor& query_, const at::Tensor& key_, const at::Tensor& value_, at::Tensor keys,

@@ -35,14 +35,18 @@ _NAMES = "attention", "products", "distributions", "draws", "ranks", "likeness",
 _SOURCES = tuple(Path(__file__).with_name(f"{name}.cpp") for name in _NAMES)
 _HEADER = Path(__file__).with_name("vectors.h")
 _FLAGS = ("-O3", "-std=c++20", "-fPIC", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi")
+_PRODUCTS = "project", "project_gated"
 _SHIMS = {
     "attend": """AOTITorchError aoti_torch_cpu_attend(
         AtenTensorHandle query, AtenTensorHandle key, AtenTensorHandle value, AtenTensorHandle keys,
         AtenTensorHandle values, AtenTensorHandle table, AtenTensorHandle mask, AtenTensorHandle* sinks,
         double scaling, double softcap, AtenTensorHandle* attended)""",
-    "project": """AOTITorchError aoti_torch_cpu_project(
+    **{
+        name: f"""AOTITorchError aoti_torch_cpu_{name}(
         AtenTensorHandle x, AtenTensorHandle laid, AtenTensorHandle* scale, AtenTensorHandle* bias, int64_t width,
-        AtenTensorHandle* product)""",
+        AtenTensorHandle* product)"""
+        for name in _PRODUCTS
+    },
 }
 _TIMEOUT_S = 600
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -134,8 +138,9 @@ def load() -> bool:
         return False
 
     torch.library.register_fake("unspool::attend", _attended)
-    if hasattr(torch.ops.unspool, "project"):
-        torch.library.register_fake("unspool::project", _projected)
+    for product in _PRODUCTS:
+        if hasattr(torch.ops.unspool, product):
+            torch.library.register_fake(f"unspool::{product}", _projected)
     return True
 
 

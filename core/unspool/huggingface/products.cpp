@@ -12,6 +12,9 @@
 // integer of 8 bits those of the bfloat16 number of its value, by looking them up, which is quicker than memory gives the
 // next.
 //
+// The two products of a gated unit (Shazeer 2020, https://arxiv.org/abs/2002.05202: silu of the one times the other) are made
+// group beside group, and joined before they are written down.
+//
 // All sums are float32, and each runs over the row in the same order, however many rows there are: a row's product is the
 // same to the last bit beside any others. There are no such operators where the processor does not multiply pairs, or has
 // no tables of bytes.
@@ -314,60 +317,130 @@ void tile_of(int64_t count, const Arguments&... arguments) {
   tiles[count - 1](arguments...);
 }
 
-template <typename Weights>
-void multiply(const at::Tensor& x, const at::Tensor& laid, const float* scales, const at::BFloat16* biases,
-              at::Tensor& output) {
-  const int64_t count = x.size(0), depth = x.size(1), width = output.size(1), groups = laid.size(0);
-  const int64_t record = laid.nbytes() / groups;
-  const at::BFloat16* rows = x.const_data_ptr<at::BFloat16>();
-  const char* weights = static_cast<const char*>(laid.const_data_ptr());
-  at::BFloat16* to = output.data_ptr<at::BFloat16>();
-  // Many rows are shared out among the threads, as they are by what comes before and after: each has its own at hand. So
-  // are some where there are too few groups for all threads.
+// Share out so many rows and units of columns among the threads: `make(unit)` gives what multiplies some rows, from one on,
+// and is told whether the weights were read just before.
+//
+// Many rows are shared out as they are by what comes before and after: each thread has its own at hand. So are some where
+// there are too few units for all threads.
+template <typename Make>
+void share_out(int64_t count, int64_t units, Make make) {
   const int64_t threads = at::get_num_threads(), fair = 4 * threads, most = (count + TALL - 1) / TALL;
   const int64_t shares = count >= APART * threads ? threads
-                         : groups >= fair         ? 1
-                                                  : std::min(most, (fair + groups - 1) / groups);
-  at::parallel_for(0, groups * shares, 1, [&](int64_t begin, int64_t end) {
+                         : units >= fair          ? 1
+                                                  : std::min(most, (fair + units - 1) / units);
+  at::parallel_for(0, units * shares, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t share = task / groups, first = task % groups * COLUMNS, columns = std::min(COLUMNS, width - first);
+      const int64_t share = task / units;
       const int64_t start = count * share / shares, here = count * (share + 1) / shares - start;
       const int64_t tiles = (here + TALL - 1) / TALL;
-      const Finish finish(scales, biases, first, columns);
-      const Group<Weights> group(weights + task % groups * record, depth);
+      auto multiply = make(task % units);
       for (int64_t t = 0; t < tiles; ++t) {
-        const int64_t row = start + here * t / tiles, rest = start + here * (t + 1) / tiles - row;
-        tile_of<Weights>(rest, rows + row * depth, depth, group, t > 0, finish, columns, to + row * width + first, width);
+        const int64_t row = start + here * t / tiles;
+        multiply(row, start + here * (t + 1) / tiles - row, t > 0);
       }
     }
   });
 }
 
-// x [n, depth] times a laid out weight [width, depth] transposed, times scale [width], plus bias [width].
-at::Tensor project(const at::Tensor& x_, const at::Tensor& laid_, const std::optional<at::Tensor>& scale_,
-                   const std::optional<at::Tensor>& bias_, int64_t width) {
+// What a product is made of.
+struct Product {
+  const at::BFloat16* rows;
+  int64_t count, depth;
+  const char* laid;
+  int64_t groups, record;
+  const float* scales;
+  const at::BFloat16* biases;
+
+  template <typename Weights>
+  auto group(int64_t number, int64_t columns) const {
+    const Finish finish(scales, biases, number * COLUMNS, columns);
+    const Group<Weights> group(laid + number * record, depth);
+    return [=, *this](int64_t row, int64_t some, bool near, at::BFloat16* to, int64_t width) {
+      tile_of<Weights>(some, rows + row * depth, depth, group, near, finish, columns, to, width);
+    };
+  }
+};
+
+template <typename Weights>
+void multiply(const Product& product, at::BFloat16* to, int64_t width) {
+  share_out(product.count, product.groups, [&](int64_t number) {
+    const int64_t first = number * COLUMNS;
+    const auto group = product.group<Weights>(number, std::min(COLUMNS, width - first));
+    return [=](int64_t row, int64_t some, bool near) { group(row, some, near, to + row * width + first, width); };
+  });
+}
+
+// x / (1 + exp(-x)).
+inline Vector silu(Vector x) {
+  const Vector power = exponential(x < Vector{} ? x : -x);
+  return x * (x < Vector{} ? power : Vector{} + 1.0f) / (power + 1.0f);
+}
+
+// Groups by turns: of a gate, and of what it lets through.
+template <typename Weights>
+void multiply_gated(const Product& product, at::BFloat16* to, int64_t width) {
+  share_out(product.count, product.groups / 2, [&](int64_t unit) {
+    const int64_t first = unit * COLUMNS;
+    const auto gate = product.group<Weights>(2 * unit, COLUMNS), up = product.group<Weights>(2 * unit + 1, COLUMNS);
+    return [=](int64_t row, int64_t some, bool near) {
+      at::BFloat16 gates[TALL * COLUMNS], ups[TALL * COLUMNS];
+      gate(row, some, near, gates, COLUMNS);
+      up(row, some, near, ups, COLUMNS);
+      for (int64_t r = 0; r < some; ++r)
+        for (int64_t n = 0; n < COLUMNS; n += W) {
+          const Vector open = silu(Element<at::BFloat16>::load(gates + r * COLUMNS + n));
+          const Vector through = Element<at::BFloat16>::load(ups + r * COLUMNS + n);
+          Element<at::BFloat16>::store(to + (row + r) * width + first + n, open * through);
+        }
+    };
+  });
+}
+
+// A product of x [n, depth] with laid out weights transposed, times scale, plus bias; gated: each 32 columns of the output
+// are silu of the one 32 of it times the next.
+at::Tensor product_of(const at::Tensor& x_, const at::Tensor& laid_, const std::optional<at::Tensor>& scale_,
+                      const std::optional<at::Tensor>& bias_, int64_t width, bool gated) {
   const at::Tensor x = x_.contiguous(), laid = laid_.contiguous();
-  const int64_t depth = x.size(1), groups = laid.size(0);
+  const int64_t depth = x.size(1), groups = laid.size(0), columns = groups * COLUMNS;
   TORCH_CHECK(x.scalar_type() == at::kBFloat16, "unspool::project takes rows of bfloat16, not ", x.scalar_type());
   const bool coded = laid.scalar_type() == at::kByte;
-  const int64_t laid_for = coded ? static_cast<const Head*>(laid.const_data_ptr())->depth : laid.numel() / groups / COLUMNS;
+  const int64_t laid_for = coded ? static_cast<const Head*>(laid.const_data_ptr())->depth : laid.numel() / columns;
   TORCH_CHECK(laid_for == depth, "unspool::project takes rows of ", laid_for, " numbers for these weights, not ", depth);
-  TORCH_CHECK(width > (groups - 1) * COLUMNS && width <= groups * COLUMNS, "unspool::project has ", groups * COLUMNS,
+  TORCH_CHECK(!gated || 2 * width == columns, "unspool::project_gated has ", columns / 2, " columns, not ", width);
+  TORCH_CHECK(gated || (width > columns - COLUMNS && width <= columns), "unspool::project has ", columns,
               " columns, not ", width);
+  const int64_t all = gated ? columns : width;
   const at::Tensor scale = scale_ ? scale_->contiguous() : at::Tensor();
   const at::Tensor bias = bias_ ? bias_->contiguous() : at::Tensor();
-  TORCH_CHECK((!scale_ || scale.numel() == width) && (!bias_ || bias.numel() == width),
-              "unspool::project takes a scale and a bias of ", width, " numbers");
-  const float* scales = scale_ ? scale.const_data_ptr<float>() : nullptr;
-  const at::BFloat16* biases = bias_ ? bias.const_data_ptr<at::BFloat16>() : nullptr;
+  TORCH_CHECK((!scale_ || scale.numel() == all) && (!bias_ || bias.numel() == all),
+              "unspool::project takes a scale and a bias of ", all, " numbers");
+  const Product product{x.const_data_ptr<at::BFloat16>(), x.size(0), depth, static_cast<const char*>(laid.const_data_ptr()),
+                        groups, static_cast<int64_t>(laid.nbytes()) / groups,
+                        scale_ ? scale.const_data_ptr<float>() : nullptr,
+                        bias_ ? bias.const_data_ptr<at::BFloat16>() : nullptr};
   at::Tensor output = at::empty({x.size(0), width}, x.options());
+  at::BFloat16* to = output.data_ptr<at::BFloat16>();
+  auto with = [&](auto weights) {
+    using Weights = typename decltype(weights)::type;
+    gated ? multiply_gated<Weights>(product, to, width) : multiply<Weights>(product, to, width);
+  };
   if (laid.scalar_type() == at::kChar)
-    multiply<Bytes>(x, laid, scales, biases, output);
+    with(std::type_identity<Bytes>{});
   else if (coded)
-    multiply<Coded>(x, laid, scales, biases, output);
+    with(std::type_identity<Coded>{});
   else
-    multiply<Halves>(x, laid, scales, biases, output);
+    with(std::type_identity<Halves>{});
   return output;
+}
+
+at::Tensor project(const at::Tensor& x, const at::Tensor& laid, const std::optional<at::Tensor>& scale,
+                   const std::optional<at::Tensor>& bias, int64_t width) {
+  return product_of(x, laid, scale, bias, width, false);
+}
+
+at::Tensor project_gated(const at::Tensor& x, const at::Tensor& laid, const std::optional<at::Tensor>& scale,
+                         const std::optional<at::Tensor>& bias, int64_t width) {
+  return product_of(x, laid, scale, bias, width, true);
 }
 
 }  // namespace
@@ -375,21 +448,26 @@ at::Tensor project(const at::Tensor& x_, const at::Tensor& laid_, const std::opt
 TORCH_LIBRARY_FRAGMENT(unspool, library) {
   library.def("lay_out(Tensor weight) -> Tensor");
   library.def("project(Tensor x, Tensor laid, Tensor? scale, Tensor? bias, int width) -> Tensor");
+  library.def("project_gated(Tensor x, Tensor laid, Tensor? scale, Tensor? bias, int width) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(unspool, CPU, library) {
   library.impl("lay_out", lay_out);
   library.impl("project", project);
+  library.impl("project_gated", project_gated);
 }
 
-// As packages call it.
-extern "C" AOTITorchError aoti_torch_cpu_project(AtenTensorHandle x, AtenTensorHandle laid, AtenTensorHandle* scale,
-                                                 AtenTensorHandle* bias, int64_t width, AtenTensorHandle* product) {
-  using namespace torch::aot_inductor;
-  AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
-    *product = new_tensor_handle(project(resolve_tensor_dispatch_flags(x), resolve_tensor_dispatch_flags(laid),
-                                         resolve_tensor_dispatch_flags(scale), resolve_tensor_dispatch_flags(bias),
-                                         width));
-  });
-}
+// As packages call them.
+#define UNSPOOL_SHIM(name)                                                                                        \
+  extern "C" AOTITorchError aoti_torch_cpu_##name(AtenTensorHandle x, AtenTensorHandle laid, AtenTensorHandle* scale, \
+                                                  AtenTensorHandle* bias, int64_t width, AtenTensorHandle* product) { \
+    using namespace torch::aot_inductor;                                                                          \
+    AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({                                                                  \
+      *product = new_tensor_handle(name(resolve_tensor_dispatch_flags(x), resolve_tensor_dispatch_flags(laid),    \
+                                        resolve_tensor_dispatch_flags(scale), resolve_tensor_dispatch_flags(bias), \
+                                        width));                                                                  \
+    });                                                                                                           \
+  }
+UNSPOOL_SHIM(project)
+UNSPOOL_SHIM(project_gated)
 #endif
