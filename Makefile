@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OLDEST := $(VENV)/oldest
+QUANTIZERS := $(VENV)/quantizers
 PROJECTS := $(wildcard core/pyproject.toml strategies/*/pyproject.toml plugins/*/pyproject.toml)
 
 .DEFAULT_GOAL := help
@@ -25,11 +26,15 @@ $(OLDEST): $(STAMP) requirements-oldest.txt
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $@ -r requirements-oldest.txt
 	@touch $@
 
+$(QUANTIZERS): $(STAMP) requirements-quantizers.txt
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $@ -r requirements-quantizers.txt
+	@touch $@
+
 demo: $(STAMP)  ## Stream an answer of a real model, then one batch with several strategies
 	@$(BIN)/python docs/demo/demo.py
 
-test: $(STAMP) $(OLDEST)  ## Run all tests
-	UNSPOOL_OLDEST_TRANSFORMERS=$(OLDEST) $(BIN)/python -m pytest
+test: $(STAMP) $(OLDEST) $(QUANTIZERS)  ## Run all tests
+	UNSPOOL_OLDEST_TRANSFORMERS=$(OLDEST) UNSPOOL_QUANTIZERS=$(QUANTIZERS) $(BIN)/python -m pytest
 
 test-quick: $(STAMP)  ## Run the tests that take no longer than a few seconds each
 	$(BIN)/python -m pytest -m 'not slow and not real_model'

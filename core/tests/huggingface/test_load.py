@@ -76,28 +76,6 @@ def test_an_option_that_does_not_exist_is_an_input_error(saved: Path, option: st
         load(str(saved), **{option: value})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("quantization", ["bitsandbytes-8bit", "bitsandbytes-4bit", "torchao-int8", "torchao-int4"])
-def test_a_model_that_a_library_quantized_is_run_near_the_exact_one(folder: Path, quantization: str) -> None:
-    torch.manual_seed(0)
-    config: Any = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    exact, near = (load(str(folder), device="cpu", dtype="bfloat16", quantization=q) for q in (None, quantization))
-    span = Span(0, 20, slice(0, 20))
-    batch = Batch(np.arange(3, 23), np.arange(20), np.arange(20), [span], np.arange(20))
-    found = []
-    for loaded in (exact, near):
-        loaded.runner.allocate(64)
-        found.append(loaded.runner.forward(batch).logits.float())
-    right, other = found
-    assert not torch.equal(right, other)
-    assert (right - other).square().mean().sqrt() < (0.6 if "4" in quantization else 0.2) * right.std()
-    assert exact.runner.digest != near.runner.digest
-    again = load(str(folder), device="cpu", dtype="bfloat16", quantization=quantization)
-    assert again.runner.digest == near.runner.digest
-
-
 @pytest.mark.parametrize("package", ["bitsandbytes", "torchao"])
 def test_quantization_without_its_package_says_what_to_install(
     saved: Path, package: str, monkeypatch: pytest.MonkeyPatch
