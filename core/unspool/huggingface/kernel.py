@@ -5,9 +5,9 @@ once for all of them (`attention.cpp`). Products of bfloat16 rows with bfloat16 
 or multiplying takes (`products.cpp`); they are there where the processor multiplies bfloat16 and looks bytes up in
 tables (`projections.py`). What reads a vocabulary more than once in plain torch is here in one or two readings: the
 divergence and the ratio of distributions (`distributions.cpp`), draws (`draws.cpp`), the best of a row (`ranks.cpp`);
-and hidden states are compared where they lie (`likeness.cpp`). The modules of the core that offer these use them where
-they are. Compiled passes (`package.py`) run without the interpreter's lock (`passes.cpp`). Where there is no C++
-compiler, or on a GPU, all of this is plain torch; a GPU may use `flex.py`.
+hidden states are compared where they lie (`likeness.cpp`), and masks write where they forbid (`masks.cpp`). The modules
+of the core that offer these use them where they are. Compiled passes (`package.py`) run without the interpreter's lock
+(`passes.cpp`). Where there is no C++ compiler, or on a GPU, all of this is plain torch; a GPU may use `flex.py`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from unspool.errors import ModelError
 from unspool.huggingface import cache
 
 _log = logging.getLogger(__name__)
-_NAMES = "attention", "products", "distributions", "draws", "ranks", "likeness", "passes"
+_NAMES = "attention", "products", "distributions", "draws", "ranks", "likeness", "masks", "passes"
 _SOURCES = tuple(Path(__file__).with_name(f"{name}.cpp") for name in _NAMES)
 _HEADER = Path(__file__).with_name("vectors.h")
 _FLAGS = ("-O3", "-std=c++20", "-fPIC", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi")

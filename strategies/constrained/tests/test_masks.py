@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unspool.errors import DeadEnd, InputError
+from unspool.masks import forbid
 from unspool.pipeline import Pipeline
 from unspool_beam.beam import BeamSearch
 from unspool_constrained.any_json import AnyJson
@@ -26,7 +27,7 @@ from unspool_constrained.guidance import ENGINE, KEPT, Guidance
 from unspool_constrained.guidance_position import REMEMBERED
 from unspool_constrained.json_schema import JsonSchema
 from unspool_constrained.languages import Lark, Pattern, Schema, Strings
-from unspool_constrained.mask import allow_ends, forbid, octets_of
+from unspool_constrained.mask import allow_ends, octets_of
 from unspool_constrained.regex import Regex
 from unspool_constrained.tagged import Tagged
 from unspool_constrained.vocabulary import Vocabulary, vocabulary_of

@@ -19,13 +19,14 @@ from pydantic import Field
 from torch import Tensor
 
 from unspool.errors import InputError
+from unspool.masks import forbid
 from unspool.plugin import Parameters, Plugin, hookimpl
 from unspool_constrained.completion import Finder
 from unspool_constrained.engine import GrammarError
 from unspool_constrained.forced import hang_forced
 from unspool_constrained.guidance import ENGINE
 from unspool_constrained.languages import Language
-from unspool_constrained.mask import allow_ends, forbid, octets_of
+from unspool_constrained.mask import allow_ends, octets_of
 from unspool_constrained.place import Place
 from unspool_constrained.vocabulary import Vocabulary, vocabulary_of
 from unspool_constrained.within import keep_within

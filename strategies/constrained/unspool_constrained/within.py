@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unspool_constrained.mask import Octets, forbid
+from unspool.masks import Octets, forbid
 from unspool_constrained.place import Place
 
 if TYPE_CHECKING:
