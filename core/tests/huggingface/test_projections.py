@@ -156,6 +156,7 @@ def test_other_units_are_left_as_they_are(act: str, width: int) -> None:
     assert not any(isinstance(module, Gated) for module in model.modules())
 
 
+@torch.no_grad()
 def test_what_only_looks_like_a_gated_unit_is_not_taken_for_one() -> None:
     class Sum(nn.Module):
         gate: Any

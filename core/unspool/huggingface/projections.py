@@ -267,7 +267,9 @@ def _gated(whole: nn.Module) -> Gated | None:
     """Give what computes a gated unit sooner; None: it is none, or is not by the kernel."""
     parts = [part for part in whole.children() if isinstance(part, Part)]
     others = {name: child for name, child in whole.named_children() if not isinstance(child, Part)}
-    if len(parts) != 2 or len(others) != 2 or parts[0].joint is not parts[1].joint or whole._parameters:
+    if len(parts) != 2 or len(others) != 2 or parts[0].joint is not parts[1].joint:
+        return None
+    if whole._parameters or whole._buffers:  # it does something more
         return None
     joint, width, plain = parts[0].joint, parts[0].out_features, parts[0].joint.project
     back = [name for name, child in others.items() if getattr(child, "in_features", None) == width]
