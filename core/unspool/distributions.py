@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_HALVES = (torch.float32, torch.bfloat16, torch.float16)
+from unspool.kernels import ALL, by_kernel
 
 
 def divergence(logits: Tensor, others: Tensor) -> Tensor:
@@ -24,9 +24,9 @@ def divergence(logits: Tensor, others: Tensor) -> Tensor:
     Returns:
         `[..., n]` float32, or float64 of such logits: from 0 to log 2 up to rounding; NaN where either has one.
     """
-    by_kernel = getattr(torch.ops.unspool, "divergence", None)
-    if by_kernel is not None and logits.device.type == "cpu" and logits.dtype in _HALVES:
-        found: Tensor = by_kernel(logits, others.reshape(-1, logits.shape[-1]))
+    operator = by_kernel("divergence", logits, *ALL)
+    if operator is not None:
+        found: Tensor = operator(logits, others.reshape(-1, logits.shape[-1]))
         return found.view(others.shape[:-1])
     working = torch.promote_types(logits.dtype, torch.float32)
     p, q = logits.to(working).softmax(dim=-1), others.to(working).softmax(dim=-1)
@@ -59,11 +59,10 @@ def log_ratio(
         gain: `[rows, 1]` above 0; None: 1.
         weight: likewise.
     """
-    by_kernel = getattr(torch.ops.unspool, "log_ratio_", None)
-    fits = logits.device.type == "cpu" and logits.dtype == torch.float32 and others.dtype in _HALVES
-    if by_kernel is not None and fits and logits.is_contiguous():
+    operator = by_kernel("log_ratio_", logits, torch.float32)
+    if operator is not None and others.dtype in ALL and logits.is_contiguous():
         one = torch.ones_like(alpha)
-        by_kernel(logits, others, alpha, one if gain is None else gain, one if weight is None else weight)
+        operator(logits, others, alpha, one if gain is None else gain, one if weight is None else weight)
         return
     least = logits.amax(dim=-1, keepdim=True) + alpha.log()
     implausible = logits < least.clamp_(min=torch.finfo(logits.dtype).min)  # all of a row where all is forbidden

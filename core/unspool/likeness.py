@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from unspool.kernels import ALL, by_kernel
+
 _LEAST_NORM = 1e-12
 """Of a vector that has a direction."""
 _AT_ONCE = 1 << 22
 """Products of hidden states that are made before they are summed."""
-_HALVES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def nearest(candidates: Tensor, path: Tensor, there: Tensor) -> Tensor:
@@ -32,11 +33,10 @@ def nearest(candidates: Tensor, path: Tensor, there: Tensor) -> Tensor:
         `[rows, k]` in the dtype of the candidates: from -1 to 1, 0 for a candidate of zeros, -inf beside an empty path,
         NaN where either has one.
     """
-    if candidates.device.type == "cpu" and candidates.dtype == torch.float32 and path.dtype in _HALVES:
-        by_kernel = getattr(torch.ops.unspool, "nearest", None)
-        if by_kernel is not None:
-            found: Tensor = by_kernel(candidates, path, there)
-            return found
+    operator = by_kernel("nearest", candidates, torch.float32)
+    if operator is not None and path.dtype in ALL:
+        found: Tensor = operator(candidates, path, there)
+        return found
     rows = max(1, _AT_ONCE // (candidates.shape[1] * path[0].numel()))
     parts = zip(torch.split(candidates, rows), torch.split(path, rows), strict=True)
     cosines = torch.cat([_cosines(*some) for some in parts])

@@ -13,6 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from unspool.kernels import by_kernel
+
 Octets = NDArray[np.uint8]
 """Masks of rows, `[rows, octets]`: one bit a token, the lowest bit of an octet first."""
 
@@ -29,11 +31,11 @@ def forbid(logits: Tensor, masks: Octets) -> None:
         masks: `[rows, octets]`, at least an octet for every eight tokens.
     """
     size = logits.shape[1]
+    operator = by_kernel("forbid_", logits, torch.float32)
+    if operator is not None and logits.is_contiguous():
+        operator(logits, torch.from_numpy(masks))
+        return
     if logits.device.type == "cpu":
-        by_kernel = getattr(torch.ops.unspool, "forbid_", None)
-        if by_kernel is not None and logits.dtype == torch.float32 and logits.is_contiguous():
-            by_kernel(logits, torch.from_numpy(masks))
-            return
         for row, mask in zip(logits.numpy(), masks, strict=True):
             np.fmin(row, _LIMITS.take(mask, axis=0).reshape(-1)[:size], out=row)
         return

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from unspool.kernels import by_kernel
 from unspool.rank import argmax
 
 
@@ -80,9 +81,9 @@ def draw(logits: Tensor, keys: Tensor) -> Tensor:
         `[rows]` int64. Of a row without a possible token, any.
     """
     rows, vocab = logits.shape
-    by_kernel = getattr(torch.ops.unspool, "contenders", None)
-    if by_kernel is not None and logits.device.type == "cpu" and logits.dtype == torch.float32:
-        places: Tensor = by_kernel(logits, keys)
+    operator = by_kernel("contenders", logits, torch.float32)
+    if operator is not None:
+        places: Tensor = operator(logits, keys)
         return places % vocab if len(places) == rows else _draw_among(places, logits, keys)
     if logits.device.type == "cpu":  # elsewhere counting them would be waiting for them
         possible = logits.numpy() > -np.inf

@@ -8,10 +8,11 @@ brings (`huggingface/ranks.cpp`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from unspool.kernels import by_kernel
 
 _FIRST, _GROWTH = 128, 8
 _SPARE = 16
@@ -19,10 +20,13 @@ _SPARE = 16
 
 
 def widened(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Copy values into a dtype and find the largest of each row, NaN where there is one: `[n, m]` and `[n]`."""
-    by_kernel = _by_kernel("widened", values, torch.bfloat16, torch.float16)
-    if by_kernel is not None and dtype == torch.float32:
-        found: tuple[Tensor, Tensor] = by_kernel(values)
+    """Give values in a dtype, copied unless they have it, and the largest of each row, NaN where there is one.
+
+    `[n, m]` to `[n, m]` and `[n]`.
+    """
+    operator = by_kernel("widened", values, torch.bfloat16, torch.float16)
+    if operator is not None and dtype == torch.float32:
+        found: tuple[Tensor, Tensor] = operator(values)
         return found
     copy = values.to(dtype)
     return copy, copy.amax(dim=-1)
@@ -30,9 +34,9 @@ def widened(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def argmax(values: Tensor) -> Tensor:
     """Find the first of the largest values of each row: `[n, m]` -> `[n]` int64. No value may be NaN."""
-    by_kernel = _by_kernel("best", values, torch.float32)
-    if by_kernel is not None:
-        first: Tensor = by_kernel(values, 1).squeeze(1)
+    operator = by_kernel("best", values, torch.float32)
+    if operator is not None:
+        first: Tensor = operator(values, 1).squeeze(1)
         return first
     if values.device.type == "cpu" and values.dtype in (torch.float32, torch.float64):
         return torch.from_numpy(values.numpy().argmax(axis=-1))  # NumPy's compares a whole vector register at once
@@ -49,9 +53,9 @@ def best(values: Tensor, count: int) -> Tensor:
     Returns:
         `[n, count]` int64, best first.
     """
-    by_kernel = _by_kernel("best", values, torch.float32)
-    if by_kernel is not None and count:
-        ranked: Tensor = by_kernel(values, count)
+    operator = by_kernel("best", values, torch.float32)
+    if operator is not None and count:
+        ranked: Tensor = operator(values, count)
         return ranked
     top = values.topk(min(count + _SPARE, values.shape[1]), dim=-1)
     if bool(top.values[:, 0].isnan().any()):  # for `topk` it is the largest
@@ -67,11 +71,6 @@ def best(values: Tensor, count: int) -> Tensor:
         index = (above | (level & (level.cumsum(dim=-1) <= room))).nonzero()[:, 1].view(len(values), count)
     order = values.gather(1, index).argsort(dim=-1, descending=True, stable=True)
     return index.gather(1, order)[:, :count]
-
-
-def _by_kernel(name: str, values: Tensor, *dtypes: torch.dtype) -> Callable[..., Any] | None:
-    fits = values.device.type == "cpu" and values.dtype in dtypes
-    return getattr(torch.ops.unspool, name, None) if fits else None
 
 
 def best_until(values: Tensor, enough: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
