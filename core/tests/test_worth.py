@@ -13,7 +13,7 @@ from unspool.plugin import Parameters, Plugin, hookimpl
 from unspool.runner import Batch, Output
 from unspool.schedule import Plan
 from unspool.step import Step
-from unspool.worth import FORGET, LEAST, REST, TRIAL, Pace, Record, Trial, Worth
+from unspool.worth import FORGET, LEAST, PATIENCE, REST, TRIAL, Pace, Record, Trial, Worth
 from unspool_testing.compare import check_equal, check_speculation
 from unspool_testing.driver import alone, drive, plugin, request
 from unspool_testing.hosts import Likeliest
@@ -217,6 +217,31 @@ def test_drafts_that_lost_a_trial_rest_twice_as_long_each_time_and_begin_again()
     assert rests == [REST, 2 * REST, 4 * REST, 8 * REST, 0, REST]
 
 
+def test_a_trial_that_loses_much_ends_early_and_one_that_loses_and_gains_goes_on() -> None:
+    trial = Trial()
+    for saved in (-0.2, 0.1, -0.1, 0.1, -0.15):
+        trial.note(saved, 0.26)
+        assert trial.rest == 0
+    trial.note(-0.02, 0.26)
+    assert (trial.rest, trial.left, trial.saved) == (REST, TRIAL, 0.0)
+
+
+@pytest.mark.parametrize(("branches", "bearable"), [(1, 1.0), (2, 0.5), (8, PATIENCE), (32, PATIENCE)])
+def test_what_drafts_may_lose_is_a_part_of_a_step_or_a_token(branches: int, bearable: float) -> None:
+    """Looking for drafts in vain takes a ninth of each step."""
+    worth = Worth()
+    plan = Plan(ready=[SimpleNamespace(branches=range(branches), order=0)], tokens=branches)  # type: ignore[list-item]
+    for _ in range(5):
+        worth.begin(plan, [])
+        worth.learn(plan, 0.0, 0.011)
+    steps = 0
+    while not worth._trial.rest:
+        worth.begin(plan, [])
+        worth.learn(plan, 0.0012, 0.011)
+        steps += 1
+    assert steps == int(bearable * 0.011 / 0.0012) + 1
+
+
 class Laborious(Hopeful):
     """Think before any are hung, if they are taken at all, for as long as so many tokens take."""
 
@@ -234,7 +259,7 @@ class Laborious(Hopeful):
 
 
 @pytest.mark.usefixtures("clock")
-@pytest.mark.parametrize(("thought", "least", "most"), [(0.0, 168, 200), (0.5, 32, 64)])
+@pytest.mark.parametrize(("thought", "least", "most"), [(0.0, 168, 200), (0.5, 6, 20)])
 def test_who_thinks_in_vain_for_longer_than_it_saves_is_asked_now_and_then(
     thought: float, least: int, most: int
 ) -> None:

@@ -49,6 +49,8 @@ AHEAD, LEAST = 64, 0.02
 """Up to so many drafts are weighed to tell what one takes where it takes least. None is worth less of a token."""
 TRIAL, REST, MOST_REST = 16, 32, 256
 """Steps after which it is asked whether drafts have paid, and the fewest and most for which they rest if not."""
+PATIENCE = 0.25
+"""What they may lose before, of a step; or a token of one branch, if that takes longer."""
 TRUST, PRIOR = 0.99, 16.0
 """What a draft counts a step later when it is asked how many come true, and for how many this is believed at first."""
 LEVELS = 8
@@ -191,8 +193,9 @@ class Record:
 class Trial:
     """Whether drafts have paid of late: what they saved, less what they and looking for them took.
 
-    After a trial that they lost they rest, twice as long after each that they lose again; and less by the share of
-    requests that came since, whose texts may be others.
+    A trial ends after so many steps, or sooner if more was lost than one is ready to lose. After one that they lost they
+    rest, twice as long after each that they lose again; and less by the share of requests that came since, whose texts
+    may be others.
     """
 
     saved: float = 0.0
@@ -206,11 +209,16 @@ class Trial:
         self.rest = int(self.rest * (1 - share))
         self.next_rest = max(REST, int(self.next_rest * (1 - share)))
 
-    def note(self, saved: float) -> None:
-        """Take down the seconds that a step of it saved; they are negative if it was in vain."""
+    def note(self, saved: float, patience: float = math.inf) -> None:
+        """Take down the seconds that a step of it saved; they are negative if it was in vain.
+
+        Args:
+            saved: the seconds.
+            patience: seconds that may be lost before a trial ends early.
+        """
         self.saved += saved
         self.left -= 1
-        if not self.left:
+        if not self.left or self.saved < -patience:
             lost = self.saved < 0
             self.rest = self.next_rest if lost else 0
             self.next_rest = min(2 * self.next_rest, MOST_REST) if lost else REST
@@ -338,8 +346,11 @@ class Worth:
             self._pace.setdefault(None, Pace()).observe(self._tokens + guesses, seconds)
         if self._branches and not self.rests:
             without, with_them = self._step_seconds(np.array([self._fixed(), guesses]))
-            saved = gained * without / self._branches - (with_them - without) - drafting
-            self._trial.note(saved if self._pace.get(None, UNKNOWN).known else 0.0)  # else these are no seconds
+            token = without / self._branches
+            saved = gained * token - (with_them - without) - drafting
+            if not self._pace.get(None, UNKNOWN).known:
+                saved = 0.0  # these are no seconds
+            self._trial.note(saved, max(PATIENCE * without, token))
         self._groups = ()
 
     def _was_reached(self, group: Group, draft: Draft) -> bool:
