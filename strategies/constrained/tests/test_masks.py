@@ -206,6 +206,14 @@ def test_many_threads_may_use_one_compiled_grammar() -> None:
     assert len(found) == 8 and len(set(found)) == 1
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_masks_may_be_written_to(count: int) -> None:
+    position = ENGINE.compile(Pattern("[a-z]+"), BYTES).start()
+    before = ENGINE.masks([position] * count)
+    ENGINE.masks([position] * count)[:] = 0
+    assert before.any() and np.array_equal(ENGINE.masks([position] * count), before)
+
+
 def test_what_a_long_text_has_behind_it_is_forgotten_and_made_again_when_it_is_wanted() -> None:
     position: Any = ENGINE.compile(Pattern("([a-z]+ [0-9]{2},)*"), BYTES).start()
     positions, masks = [position], [ENGINE.masks([position])]

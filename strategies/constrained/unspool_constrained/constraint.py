@@ -96,14 +96,15 @@ class Constraint(Plugin):
         except GrammarError as error:
             said = getattr(params, self.said_by)
             raise InputError(f"{self.name}.{self.said_by}", said, str(error)) from error
+        ends = tuple(request.end_ids)
         if not params.complete_within:
-            return Place(compiled.start())
-        finder = Finder(ENGINE, vocabulary, bool(request.end_ids))
+            return Place(compiled.start(), ends)
+        finder = Finder(ENGINE, vocabulary, bool(ends))
         way, most = finder.first(compiled), request.limits.max_new_tokens
         if way is not None and len(way) + 1 > most:
             shortest = f"at least {len(way) + 1}: {self.name} is to be complete, and no shorter text of it was found"
             raise InputError("max_new_tokens", most, shortest)
-        return Place(compiled.start(), finder, way=way)
+        return Place(compiled.start(), ends, finder, way=way)
 
     def advance(self, state: Place, token: int, logprob: float = 0.0) -> Place | None:
         """Give the place one token later."""
@@ -122,17 +123,8 @@ class Constraint(Plugin):
         """Forbid what cannot follow."""
         places: list[Place] = step.states(self)
         masks = octets_of(ENGINE.masks([place.position for place in places]), logits.shape[1])
-        requests = [step.requests[number] for number in step.request.tolist()]
-        rows = list(zip(places, requests, strict=True))
-        allow_ends(
-            masks,
-            [
-                (row, end, place.position.may_stop)
-                for row, (place, request) in enumerate(rows)
-                for end in request.end_ids
-                if end < logits.shape[1]
-            ],
-        )
+        ends = [(row, end, place.position.may_stop) for row, place in enumerate(places) for end in place.ends]
+        allow_ends(masks, [each for each in ends if each[1] < logits.shape[1]])
         if self.params.complete_within:
             keep_within(step, places, logits, masks)
         forbid(logits, masks)

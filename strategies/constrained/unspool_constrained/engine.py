@@ -72,7 +72,7 @@ class Engine(Protocol):
         """Begin, on another thread, to find out which tokens may follow."""
 
     def masks(self, positions: Sequence[Position]) -> Bits:
-        """Say which tokens of the vocabulary may follow: `[positions, words]`. Ends are not among them.
+        """Say which tokens of the vocabulary may follow: `[positions, words]`, a copy. Ends are not among them.
 
         Raises:
             GrammarError: a language grew too large.

@@ -104,7 +104,7 @@ class Guidance:
                 position._filling = future
 
     def masks(self, positions: Sequence[Position]) -> Bits:
-        """Say which tokens of the vocabulary may follow: `[positions, words]`.
+        """Say which tokens of the vocabulary may follow: `[positions, words]`, a copy.
 
         Raises:
             GrammarError: a language grew too large.
@@ -119,7 +119,7 @@ class Guidance:
             if position._refused:
                 raise GrammarError(position._refused)
             rows.append(position._mask)
-        return rows[0][np.newaxis] if len(rows) == 1 else np.stack(rows)
+        return np.array(rows)
 
     def _fill(self, pending: Sequence[tuple[GuidancePosition, LLMatcher]]) -> None:
         """Ask the matchers, outside the interpreter's lock and side by side."""

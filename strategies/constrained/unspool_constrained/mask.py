@@ -14,12 +14,13 @@ from unspool_constrained.engine import Bits
 
 
 def octets_of(bits: Bits, size: int) -> Octets:
-    """Copy masks: `[rows, words]` int32 -> `[rows, octets]`, as many as `size` tokens take. What has no bit is 0."""
-    given = bits.view(np.uint8)
-    octets = np.zeros((len(bits), -(-size // 8)), dtype=np.uint8)
-    known = min(given.shape[1], octets.shape[1])
-    octets[:, :known] = given[:, :known]
-    return octets
+    """See masks as octets: `[rows, words]` int32 -> `[rows, octets]`, at least as many as `size` tokens take.
+
+    The octets are the masks themselves, or where these are too short a longer copy. What has no bit is 0.
+    """
+    octets: Octets = bits.view(np.uint8)
+    missing = -(-size // 8) - octets.shape[1]
+    return np.pad(octets, ((0, 0), (0, missing))) if missing > 0 else octets
 
 
 def allow_ends(masks: Octets, ends: list[tuple[int, int, bool]]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from unspool_constrained.completion import Finder
 from unspool_constrained.engine import Position
 
@@ -11,28 +13,30 @@ class Place:
 
     Args:
         position: in the language.
+        ends: the tokens that end a text.
         finder: finds ways to the end; None: nobody needs one.
         before: the place one token earlier, and that token; None: there is no text yet.
         way: from there to the end.
     """
 
-    __slots__ = ("_asked", "_before", "_finder", "_way", "position")
+    __slots__ = ("_asked", "_before", "_finder", "_way", "ends", "position")
 
     def __init__(
         self,
         position: Position,
+        ends: Sequence[int],
         finder: Finder | None = None,
         before: tuple[Place, int] | None = None,
         way: tuple[int, ...] | None = None,
     ) -> None:
-        self.position, self._finder = position, finder
+        self.position, self.ends, self._finder = position, ends, finder
         self._before = before if finder is not None else None
         self._way, self._asked = way, before is None
 
     def advance(self, token: int) -> Place | None:
         """Give the place one token later, or None if the language forbids that token."""
         after = self.position.advance(token)
-        return None if after is None else Place(after, self._finder, (self, token))
+        return None if after is None else Place(after, self.ends, self._finder, (self, token))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Place) and self.position == other.position

@@ -41,7 +41,7 @@ def keep_within(step: Step, places: Sequence[Place], logits: Tensor, masks: Octe
             continue
         good = _in_time(place, way, room, logits[row : row + 1], masks[row : row + 1])
         kept = np.zeros(8 * masks.shape[1], dtype=bool)
-        kept[[token for token in (*good, *step.requests[number].end_ids) if token < size]] = True
+        kept[[token for token in (*good, *place.ends) if token < size]] = True
         masks[row] &= np.packbits(kept, bitorder="little")
 
 
