@@ -8,7 +8,7 @@
 //
 // All sums are float32, whatever the pool's dtype. Few rows are scored by dot products; for many rows a block of keys is
 // laid out once, transposed, and both products run in register tiles. Where the processor multiplies pairs of bfloat16
-// numbers, queries and keys of bfloat16 are multiplied so: the products are exact all the same.
+// numbers, queries and keys of bfloat16 are multiplied so, and by tiles where it has those (`pairs.h`).
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -25,41 +25,18 @@
 #include <type_traits>
 #include <vector>
 
+#include "pairs.h"
+#include "tiles.h"
 #include "vectors.h"
 
 namespace {
 
 using namespace unspool;
 
-constexpr int BLOCK = 64;   // keys that are scored together
 constexpr int TILE = 96;    // query rows that share a block laid out once
 constexpr int FEW = 4;      // so many of fewer than 8 are looked at together
-constexpr int MR = 6;       // rows in a register tile
 constexpr int NV = W / 4;   // and vectors of columns
 constexpr int DIRECT = 24;  // so many rows read values as they lie, widening them anew for each tile
-
-constexpr int64_t up_to(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-
-// What memory is asked for while something else is computed, since a decode step waits for little else: a block that is
-// read soon. It comes into the second cache; the first takes so few requests at a time that it would wait for them.
-template <typename T>
-struct Ahead {
-  const T* from;
-  int64_t left, step;  // numbers
-
-  // Of so many rows in a block, to be asked for while so many others are computed.
-  static Ahead of(const T* block, int64_t rows, int64_t width, int64_t meanwhile) {
-    return {block, rows * width, (rows + meanwhile - 1) / std::max<int64_t>(1, meanwhile) * width};
-  }
-
-  // Ask for some more.
-  void fetch() {
-    if (left <= 0) return;
-    for (int64_t at = 0; at < step; at += 64 / sizeof(T)) __builtin_prefetch(from + at, 0, 2);
-    from += step;
-    left -= step;
-  }
-};
 
 // out[i][j] += sum over k of a[i][k] * b[k][j], for M rows, N columns of a multiple of one vector.
 template <typename T, int M, int V>
@@ -151,94 +128,6 @@ void score(const float* query, int64_t rows, int64_t width, const T* keys, int64
   }
 }
 
-// The same where pairs of bfloat16 numbers are multiplied: 16 keys a time, and many rows in register tiles.
-#if defined(__AVX512BF16__)
-inline void score_few(const at::BFloat16* query, int64_t rows, int64_t width, const at::BFloat16* keys, int64_t count,
-                      float scaling, Ahead<at::BFloat16>& ahead, float* scores) {
-  for (int64_t j = 0; j < count; j += W) {
-    const at::BFloat16* key[W];
-    for (int i = 0; i < W; ++i) key[i] = keys + std::min(j + i, count - 1) * width;
-    for (int64_t r = 0; r < rows; ++r) {
-      Vector total[W] = {};
-      for (int64_t d = 0; d < width; d += 2 * W)
-        for (int i = 0; i < W; ++i) total[i] = paired(total[i], query + r * width + d, key[i] + d);
-      for (int64_t i = r * W / rows; i < (r + 1) * W / rows; ++i) ahead.fetch();
-      *reinterpret_cast<Loose*>(scores + r * BLOCK + j) = sums<W>(total) * scaling;
-    }
-  }
-}
-
-// Lay a block of keys out: `turned[d][j]` is the pair of numbers 2d, 2d + 1 of key j.
-inline void turn(const at::BFloat16* keys, int64_t width, int64_t count, Ahead<at::BFloat16>& ahead, int32_t* turned) {
-  for (int64_t j = 0; j < BLOCK; j += W) {
-    for (int64_t i = j; i < std::min(j + W, count); ++i) ahead.fetch();
-    for (int64_t d = 0; d < width / 2; d += W) {
-      __m512i v[W], w[W];
-      for (int i = 0; i < W; ++i)
-        v[i] = j + i < count ? _mm512_loadu_si512(keys + (j + i) * width + 2 * d) : _mm512_setzero_si512();
-      for (int i = 0; i < W; i += 2) {
-        w[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
-        w[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
-      }
-      for (int i = 0; i < W; i += 4)
-        for (int k = 0; k < 2; ++k) {
-          v[i + 2 * k] = _mm512_unpacklo_epi64(w[i + k], w[i + 2 + k]);
-          v[i + 2 * k + 1] = _mm512_unpackhi_epi64(w[i + k], w[i + 2 + k]);
-        }
-      for (int i = 0; i < 4; ++i)  // v[4g + i]: of keys 4g to 4g + 3 the pairs i, 4 + i, 8 + i, 12 + i
-        for (int k = 0; k < 2; ++k) {
-          w[i + 8 * k] = _mm512_shuffle_i32x4(v[8 * k + i], v[8 * k + 4 + i], 0x88);
-          w[i + 8 * k + 4] = _mm512_shuffle_i32x4(v[8 * k + i], v[8 * k + 4 + i], 0xdd);
-        }
-      for (int i = 0; i < 8; ++i) {  // w[i] and w[i + 8]: the pairs i and 8 + i, of keys 0 to 7 and 8 to 15
-        _mm512_storeu_si512(turned + (d + i) * BLOCK + j, _mm512_shuffle_i32x4(w[i], w[i + 8], 0x88));
-        _mm512_storeu_si512(turned + (d + 8 + i) * BLOCK + j, _mm512_shuffle_i32x4(w[i], w[i + 8], 0xdd));
-      }
-    }
-  }
-}
-
-// The scores of M rows with 16 V keys that are laid out.
-template <int M, int V>
-inline void tile_of_pairs(const at::BFloat16* query, int64_t width, const int32_t* turned, float scaling,
-                          float* scores) {
-  Vector total[M][V];
-  for (int i = 0; i < M; ++i)
-    for (int v = 0; v < V; ++v) total[i][v] = Vector{};  // `= {}` above would be a call
-  for (int64_t d = 0; d < width; d += 2) {
-    __m512i pairs[V];
-    for (int v = 0; v < V; ++v) pairs[v] = _mm512_loadu_si512(turned + d / 2 * BLOCK + v * W);
-    for (int i = 0; i < M; ++i) {
-      int32_t pair;
-      std::memcpy(&pair, query + i * width + d, sizeof pair);
-      const __m512i factor = _mm512_set1_epi32(pair);
-      for (int v = 0; v < V; ++v) total[i][v] = paired(total[i][v], factor, pairs[v]);
-    }
-  }
-  for (int i = 0; i < M; ++i)
-    for (int v = 0; v < V; ++v) *reinterpret_cast<Loose*>(scores + i * BLOCK + v * W) = total[i][v] * scaling;
-}
-
-inline void score_many(const at::BFloat16* query, int64_t rows, int64_t width, const int32_t* turned, int64_t count,
-                       float scaling, float* scores) {
-  auto strips = [&](auto tiles, auto three, auto tile, int64_t j) {
-    int64_t r = 0;
-    for (; r + MR <= rows; r += MR) tiles(query + r * width, width, turned + j, scaling, scores + r * BLOCK + j);
-    for (; r + 3 <= rows; r += 3) three(query + r * width, width, turned + j, scaling, scores + r * BLOCK + j);
-    for (; r < rows; ++r) tile(query + r * width, width, turned + j, scaling, scores + r * BLOCK + j);
-  };
-  if (count + W > BLOCK)
-    strips(tile_of_pairs<MR, BLOCK / W>, tile_of_pairs<3, BLOCK / W>, tile_of_pairs<1, BLOCK / W>, 0);
-  else
-    for (int64_t j = 0; j < count; j += W) strips(tile_of_pairs<MR, 1>, tile_of_pairs<3, 1>, tile_of_pairs<1, 1>, j);
-}
-#else
-inline void score_few(const at::BFloat16*, int64_t, int64_t, const at::BFloat16*, int64_t, float, Ahead<at::BFloat16>&,
-                      float*) {}
-inline void turn(const at::BFloat16*, int64_t, int64_t, Ahead<at::BFloat16>&, int32_t*) {}
-inline void score_many(const at::BFloat16*, int64_t, int64_t, const int32_t*, int64_t, float, float*) {}
-#endif
-
 struct Part {
   const int64_t* rows;  // [count][3]: token, low, high
   int64_t count;
@@ -288,8 +177,8 @@ struct Shape {
 
 struct Buffers {
   std::vector<float> query, scores, keys, values;
-  std::vector<at::BFloat16> halves;
-  std::vector<int32_t> pairs;
+  std::vector<at::BFloat16> halves, weights;
+  std::vector<int32_t> pairs, value_pairs;
 };
 
 // What a token sees of a block of keys, from `first` to `last`, and of those what `allowed` (or null) says.
@@ -315,11 +204,11 @@ struct Seen {
 };
 
 // Turn scores of rows with a block of keys into weights, exp(score - greatest), and what was summed up before to the
-// new greatest. A score that is not a number makes its weight and with it all sums of its row so. N rows are looked at
-// together.
+// new greatest. A score that is not a number makes its weight and with it all sums of its row so. Scores are to be multiplied
+// by `scale` first. N rows are looked at together.
 template <int N>
-inline void weigh(const Part& part, const Item& item, const Shape& shape, const Block& block, float* scores,
-                  float* weighted, float* sum, float* most) {
+inline void weigh(const Part& part, const Item& item, const Shape& shape, const Block& block, float scale,
+                  float* scores, float* weighted, float* sum, float* most) {
   const int64_t rows = (item.last - item.first) * shape.group, width = shape.value_width;
   const int64_t reach = up_to(block.count, W);
   for (int64_t begin = 0, t = item.first, g = 0; begin < rows; begin += N) {
@@ -330,10 +219,11 @@ inline void weigh(const Part& part, const Item& item, const Shape& shape, const 
     for (int64_t i = 0; i < here; ++i) {
       float* line = scores + (begin + i) * BLOCK;
       if (shape.softcap > 0)
-        for (int64_t j = 0; j < block.count; ++j) line[j] = shape.softcap * std::tanh(line[j] / shape.softcap);
+        for (int64_t j = 0; j < block.count; ++j)
+          line[j] = shape.softcap / scale * std::tanh(line[j] * scale / shape.softcap);
       seen.mask(line);
       for (int64_t j = 0; j < reach; j += W) {
-        const Vector v = *reinterpret_cast<Loose*>(line + j);
+        const Vector v = *reinterpret_cast<Loose*>(line + j) * scale;
         best[i] = v > best[i] ? v : best[i];
       }
       if (++g == shape.group && ++t < item.last) {
@@ -351,7 +241,7 @@ inline void weigh(const Part& part, const Item& item, const Shape& shape, const 
       const Vector own = all(from[i]);
       for (int64_t j = 0; j < reach; j += W) {
         Loose* v = reinterpret_cast<Loose*>(line + j);
-        const Vector weight = exponential(*v - own);
+        const Vector weight = exponential(*v * scale - own);
         *v = weight;
         total[i] += weight;
       }
@@ -380,10 +270,16 @@ void run(const Item& item, const Part& part, const Shape& shape, const at::Tenso
   const bool few = rows < 8;
   constexpr bool halves = PAIRS && std::is_same_v<T, at::BFloat16> && std::is_same_v<P, at::BFloat16>;
   const bool by_pairs = halves && D % (2 * W) == 0;
+  const bool by_tiles = by_pairs && !few && in_tiles() && E % (2 * W) == 0 && shape.scaling > 0;
   if (by_pairs) {
     buffers.halves.resize(rows * D);
     buffers.pairs.resize(D / 2 * BLOCK);
   }
+  if (by_tiles) {
+    buffers.weights.resize(2 * rows * BLOCK);
+    buffers.value_pairs.resize(BLOCK / 2 * E);
+  }
+  Tiles tiles;
   buffers.query.resize(rows * D);
   buffers.scores.resize(rows * BLOCK);
   buffers.keys.resize(D * BLOCK);
@@ -422,7 +318,10 @@ void run(const Item& item, const Part& part, const Shape& shape, const at::Tenso
           score_few(buffers.halves.data(), rows, D, key, count, shape.scaling, next_keys, scores);
         } else {
           turn(key, D, count, next_keys, buffers.pairs.data());
-          score_many(buffers.halves.data(), rows, D, buffers.pairs.data(), count, shape.scaling, scores);
+          if (by_tiles)
+            tiles.score(buffers.halves.data(), rows, D, buffers.pairs.data(), count, scores);
+          else
+            score_many(buffers.halves.data(), rows, D, buffers.pairs.data(), count, shape.scaling, scores);
         }
       }
     } else if (few) {
@@ -438,11 +337,18 @@ void run(const Item& item, const Part& part, const Shape& shape, const at::Tenso
       std::fill(scores, scores + rows * BLOCK, 0.0f);
       multiply<float>(q, D, turned, BLOCK, scores, BLOCK, rows, BLOCK, D);
     }
+    const float scale = by_tiles ? shape.scaling : 1.0f;
     if (few)
-      weigh<FEW>(part, item, shape, block, scores, weighted, sums, most);
+      weigh<FEW>(part, item, shape, block, scale, scores, weighted, sums, most);
     else
-      weigh<W>(part, item, shape, block, scores, weighted, sums, most);
-    if (rows <= DIRECT || sizeof(P) == sizeof(float)) {
+      weigh<W>(part, item, shape, block, scale, scores, weighted, sums, most);
+    if (by_tiles) {
+      if constexpr (halves) {
+        split(scores, rows, count, buffers.weights.data());
+        pair_up(value, E, count, next_values, buffers.value_pairs.data());
+        tiles.add(buffers.weights.data(), rows, buffers.value_pairs.data(), count, E, weighted);
+      }
+    } else if (rows <= DIRECT || sizeof(P) == sizeof(float)) {
       multiply<P>(scores, BLOCK, value, E, weighted, E, rows, E, count, &next_values);
     } else {
       float* wide = buffers.values.data();

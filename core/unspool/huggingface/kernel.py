@@ -33,7 +33,7 @@ from unspool.huggingface import cache
 _log = logging.getLogger(__name__)
 _NAMES = "attention", "products", "distributions", "draws", "ranks", "likeness", "masks", "passes"
 _SOURCES = tuple(Path(__file__).with_name(f"{name}.cpp") for name in _NAMES)
-_HEADER = Path(__file__).with_name("vectors.h")
+_HEADERS = tuple(Path(__file__).with_name(f"{name}.h") for name in ("vectors", "tiles", "pairs"))
 _FLAGS = ("-O3", "-std=c++20", "-fPIC", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi")
 _PRODUCTS = "project", "project_gated"
 _SHIMS = {
@@ -72,7 +72,7 @@ def machine() -> str:
 
 def path() -> Path:
     """Give where the built kernel is, or would be."""
-    text = b"".join(file.read_bytes() for file in (*_SOURCES, _HEADER)) + " ".join(_FLAGS).encode()
+    text = b"".join(file.read_bytes() for file in (*_SOURCES, *_HEADERS)) + " ".join(_FLAGS).encode()
     source = hashlib.sha256(text).hexdigest()[:16]
     return cache_folder() / f"attention-{machine()}-{source}.so"
 

@@ -15,6 +15,9 @@
 // The two products of a gated unit (Shazeer 2020, https://arxiv.org/abs/2002.05202: silu of the one times the other) are made
 // group beside group, and joined before they are written down.
 //
+// Where the processor has tiles (`tiles.h`), up to 32 rows are multiplied with a group at once, whose weights are written
+// down as tiles just before: to read them takes longer than to multiply, of few rows and of many.
+//
 // All sums are float32, and each runs over the row in the same order, however many rows there are: a row's product is the
 // same to the last bit beside any others. There are no such operators where the processor does not multiply pairs, or has
 // no tables of bytes.
@@ -34,6 +37,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "tiles.h"
 #include "vectors.h"
 
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
@@ -44,10 +48,11 @@ using namespace unspool;
 constexpr int64_t VECTORS = 2;            // of sums beside each other
 constexpr int64_t COLUMNS = VECTORS * W;  // in a group
 constexpr int64_t TALL = 12;              // rows whose sums the registers hold
+constexpr int64_t MOST = 32;              // rows whose sums tiles hold, two below each other
 constexpr int64_t STRIDE = 8;             // numbers of a row that are multiplied in a round
 constexpr int64_t LINE = 64;              // bytes that memory gives at once
 constexpr int64_t AHEAD = 6144;           // bytes
-constexpr int64_t APART = 2 * TALL;       // rows for each thread from which on each thread has rows of its own
+constexpr int64_t APART = 2;              // times as many for each thread, from which on each has rows of its own
 constexpr int64_t RARE = 16;              // places of a row for each stray that a group may have
 
 // How weights of a group are read: `AT_ONCE` pairs of each column together, from a *block*.
@@ -246,6 +251,12 @@ struct Finish {
   }
 };
 
+// Write down what is wanted of a vector.
+inline void write_down(Vector sum, int64_t wanted, at::BFloat16* to) {
+  const __mmask16 some = (1u << std::min<int64_t>(W, wanted)) - 1;
+  _mm256_mask_storeu_epi16(to, some, reinterpret_cast<__m256i>(halved(sum)));
+}
+
 // Ask memory for what is read some blocks later. It comes into the second cache.
 template <typename Weights>
 inline void ask(const char* block) {
@@ -301,11 +312,8 @@ void tile(const at::BFloat16* rows, int64_t depth, const Group<Weights>& group, 
       }
     }
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < VECTORS && v * W < columns; ++v) {
-      const int64_t left = std::min<int64_t>(W, columns - v * W);
-      const auto halves = reinterpret_cast<__m256i>(halved(finish.of(total[r][v], v * W)));
-      _mm256_mask_storeu_epi16(output + r * width + v * W, (1u << left) - 1, halves);
-    }
+    for (int v = 0; v < VECTORS && v * W < columns; ++v)
+      write_down(finish.of(total[r][v], v * W), columns - v * W, output + r * width + v * W);
 }
 
 template <typename Weights, typename... Arguments>
@@ -317,26 +325,121 @@ void tile_of(int64_t count, const Arguments&... arguments) {
   tiles[count - 1](arguments...);
 }
 
-// Share out so many rows and units of columns among the threads: `make(unit)` gives what multiplies some rows, from one on,
-// and is told whether the weights were read just before.
+#if defined(UNSPOOL_TILES)
+constexpr int64_t PANEL = VECTORS * tiles::SIZE;  // bytes of the weights of a group that are in tiles at once
+
+// Write down as tiles what is left of a group's weights from a pair on; zeros where there are no more.
+template <typename Weights>
+void write_panel(const Group<Weights>& group, int64_t from, int64_t end, char* panel) {
+  const Weights weights = group.weights;
+  const char* block = group.blocks + from / Weights::AT_ONCE * Weights::BLOCK;
+  const int64_t there = std::min(end - from, tiles::ROWS);
+  for (int64_t p = 0; p < there; p += Weights::AT_ONCE, block += Weights::BLOCK) {
+    ask<Weights>(block);
+    __m512i pairs[Weights::AT_ONCE][VECTORS];
+    weights.read(block, pairs);
+    for (int i = 0; i < Weights::AT_ONCE; ++i)
+      for (int v = 0; v < VECTORS; ++v) _mm512_store_si512(panel + v * tiles::SIZE + (p + i) * tiles::BYTES, pairs[i][v]);
+  }
+  for (int64_t p = there; p < tiles::ROWS; ++p)
+    for (int v = 0; v < VECTORS; ++v) _mm512_store_si512(panel + v * tiles::SIZE + p * tiles::BYTES, __m512i{});
+}
+
+// As `tile` does, for up to two tiles of rows. Panels of the group are written one ahead of their use; into two by turns,
+// unless other rows need them as well.
+template <typename Weights>
+void by_tiles(const at::BFloat16* rows, int64_t depth, const Group<Weights>& group, bool near, bool again, char* panels,
+              int64_t count, const Finish& finish, int64_t columns, at::BFloat16* output, int64_t width) {
+  static_assert(VECTORS == 2);
+  const int64_t pairs = depth / 2, all = (pairs + tiles::ROWS - 1) / tiles::ROWS, left = depth % tiles::DEEP;
+  const bool second = count > tiles::ROWS, keep = near || again;
+  auto panel = [&](int64_t number) { return panels + (keep ? number : number % 2) * PANEL; };
+  alignas(64) at::BFloat16 rest[2 * tiles::ROWS * tiles::DEEP];  // the ends of rows, with zeros after them
+  if (left)
+    for (int64_t r = 0; r < count; ++r) {
+      at::BFloat16* to = rest + r * tiles::DEEP;
+      std::memcpy(static_cast<void*>(to), rows + (r + 1) * depth - left, left * sizeof *rows);
+      std::memset(static_cast<void*>(to + left), 0, (tiles::DEEP - left) * sizeof *rows);
+    }
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  if (!near) write_panel(group, 0, pairs, panel(0));
+  for (int64_t number = 0; number < all; ++number) {
+    if (!near && number + 1 < all) write_panel(group, (number + 1) * tiles::ROWS, pairs, panel(number + 1));
+    const bool whole = (number + 1) * tiles::DEEP <= depth;
+    const at::BFloat16* x = whole ? rows + number * tiles::DEEP : rest;
+    const int64_t step = whole ? depth : tiles::DEEP, bytes = step * sizeof *x;
+    tiles::written();
+    _tile_loadd(6, panel(number), tiles::BYTES);
+    _tile_loadd(7, panel(number) + tiles::SIZE, tiles::BYTES);
+    _tile_loadd(4, x, bytes);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    if (second) {
+      _tile_loadd(5, x + tiles::ROWS * step, bytes);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  alignas(64) float sums[2 * tiles::ROWS][COLUMNS];
+  _tile_stored(0, sums, sizeof *sums);
+  _tile_stored(1, sums[0] + W, sizeof *sums);
+  if (second) {
+    _tile_stored(2, sums[tiles::ROWS], sizeof *sums);
+    _tile_stored(3, sums[tiles::ROWS] + W, sizeof *sums);
+  }
+  for (const Stray* stray = group.stray; stray != group.end; ++stray)
+    for (int64_t r = 0; r < count; ++r)
+      sums[r][stray->column] +=
+          static_cast<float>(rows[r * depth + stray->place]) * static_cast<float>(stray->weight);
+  for (int64_t r = 0; r < count; ++r)
+    for (int v = 0; v < VECTORS && v * W < columns; ++v)
+      write_down(finish.of(Element<float>::load(sums[r] + v * W), v * W), columns - v * W, output + r * width + v * W);
+}
+#endif
+
+// What a thread multiplies with: if by tiles, their shape and room for panels.
+struct Hands {
+#if defined(UNSPOOL_TILES)
+  tiles::Shaped shaped;
+
+  // Room for all panels of one group, or of two at a time.
+  static char* room(int64_t depth, int which) {
+    thread_local tiles::Room rooms[2];
+    return rooms[which].of(((depth + tiles::DEEP - 1) / tiles::DEEP + 1) * PANEL);
+  }
+#endif
+};
+
+// Some rows, from one on: whether the weights were read for others just before, and will be for others next.
+struct Some {
+  int64_t row, count;
+  bool near, again;
+};
+
+// Share out so many rows and units of columns among the threads: `make(unit, hands)` gives what multiplies some rows.
 //
 // Many rows are shared out as they are by what comes before and after: each thread has its own at hand. So are some where
 // there are too few units for all threads.
 template <typename Make>
 void share_out(int64_t count, int64_t units, Make make) {
-  const int64_t threads = at::get_num_threads(), fair = 4 * threads, most = (count + TALL - 1) / TALL;
-  const int64_t shares = count >= APART * threads ? threads
-                         : units >= fair          ? 1
-                                                  : std::min(most, (fair + units - 1) / units);
+  const int64_t tall = in_tiles() ? MOST : TALL;
+  const int64_t threads = at::get_num_threads(), fair = 4 * threads, most = (count + tall - 1) / tall;
+  const int64_t shares = count >= APART * tall * threads ? threads
+                         : units >= fair                 ? 1
+                                                         : std::min(most, (fair + units - 1) / units);
   at::parallel_for(0, units * shares, 1, [&](int64_t begin, int64_t end) {
+    Hands hands;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t share = task / units;
       const int64_t start = count * share / shares, here = count * (share + 1) / shares - start;
-      const int64_t tiles = (here + TALL - 1) / TALL;
-      auto multiply = make(task % units);
-      for (int64_t t = 0; t < tiles; ++t) {
-        const int64_t row = start + here * t / tiles;
-        multiply(row, start + here * (t + 1) / tiles - row, t > 0);
+      const int64_t parts = (here + tall - 1) / tall;
+      auto multiply = make(task % units, hands);
+      for (int64_t p = 0; p < parts; ++p) {
+        const int64_t row = start + here * p / parts;
+        multiply(Some{row, start + here * (p + 1) / parts - row, p > 0, p + 1 < parts});
       }
     }
   });
@@ -351,22 +454,31 @@ struct Product {
   const float* scales;
   const at::BFloat16* biases;
 
+  // What multiplies with a group, the first or the second that a thread has in hand.
   template <typename Weights>
-  auto group(int64_t number, int64_t columns) const {
+  auto group(int64_t number, int64_t columns, Hands& hands, int which = 0) const {
     const Finish finish(scales, biases, number * COLUMNS, columns);
     const Group<Weights> group(laid + number * record, depth);
-    return [=, *this](int64_t row, int64_t some, bool near, at::BFloat16* to, int64_t width) {
-      tile_of<Weights>(some, rows + row * depth, depth, group, near, finish, columns, to, width);
+    return [=, *this, &hands](const Some& some, at::BFloat16* to, int64_t width) {
+      const at::BFloat16* first = rows + some.row * depth;
+#if defined(UNSPOOL_TILES)
+      if (in_tiles()) {
+        hands.shaped.hold(some.count);
+        char* panels = hands.room(depth, which);
+        return by_tiles(first, depth, group, some.near, some.again, panels, some.count, finish, columns, to, width);
+      }
+#endif
+      tile_of<Weights>(some.count, first, depth, group, some.near, finish, columns, to, width);
     };
   }
 };
 
 template <typename Weights>
 void multiply(const Product& product, at::BFloat16* to, int64_t width) {
-  share_out(product.count, product.groups, [&](int64_t number) {
+  share_out(product.count, product.groups, [&](int64_t number, Hands& hands) {
     const int64_t first = number * COLUMNS;
-    const auto group = product.group<Weights>(number, std::min(COLUMNS, width - first));
-    return [=](int64_t row, int64_t some, bool near) { group(row, some, near, to + row * width + first, width); };
+    const auto group = product.group<Weights>(number, std::min(COLUMNS, width - first), hands);
+    return [=](const Some& some) { group(some, to + some.row * width + first, width); };
   });
 }
 
@@ -379,18 +491,19 @@ inline Vector silu(Vector x) {
 // Groups by turns: of a gate, and of what it lets through.
 template <typename Weights>
 void multiply_gated(const Product& product, at::BFloat16* to, int64_t width) {
-  share_out(product.count, product.groups / 2, [&](int64_t unit) {
+  share_out(product.count, product.groups / 2, [&](int64_t unit, Hands& hands) {
     const int64_t first = unit * COLUMNS;
-    const auto gate = product.group<Weights>(2 * unit, COLUMNS), up = product.group<Weights>(2 * unit + 1, COLUMNS);
-    return [=](int64_t row, int64_t some, bool near) {
-      at::BFloat16 gates[TALL * COLUMNS], ups[TALL * COLUMNS];
-      gate(row, some, near, gates, COLUMNS);
-      up(row, some, near, ups, COLUMNS);
-      for (int64_t r = 0; r < some; ++r)
+    const auto gate = product.group<Weights>(2 * unit, COLUMNS, hands);
+    const auto up = product.group<Weights>(2 * unit + 1, COLUMNS, hands, 1);
+    return [=](const Some& some) {
+      at::BFloat16 gates[MOST * COLUMNS], ups[MOST * COLUMNS];
+      gate(some, gates, COLUMNS);
+      up(some, ups, COLUMNS);
+      for (int64_t r = 0; r < some.count; ++r)
         for (int64_t n = 0; n < COLUMNS; n += W) {
           const Vector open = silu(Element<at::BFloat16>::load(gates + r * COLUMNS + n));
           const Vector through = Element<at::BFloat16>::load(ups + r * COLUMNS + n);
-          Element<at::BFloat16>::store(to + (row + r) * width + first + n, open * through);
+          Element<at::BFloat16>::store(to + (some.row + r) * width + first + n, open * through);
         }
     };
   });

@@ -113,7 +113,7 @@ class RandomBatch:
 def random_batches(draw: st.DrawFn, dtypes: Sequence[torch.dtype]) -> RandomBatch:
     """Draw batches over layers of every kind: heads that share keys, odd widths, windows, soft caps, sinks."""
     kv_heads, group = draw(st.sampled_from([(1, 1), (2, 3), (3, 1), (1, 8)]))
-    widths = draw(st.sampled_from([(8, 8), (64, 64), (20, 12), (7, 5), (80, 48)]))
+    widths = draw(st.sampled_from([(8, 8), (64, 64), (20, 12), (7, 5), (80, 48), (32, 96)]))
     window, dtype = draw(st.sampled_from([None, None, 1, 7, 100])), draw(st.sampled_from(dtypes))
     sinks = torch.linspace(-1, 2, kv_heads * group).to(dtype) if draw(st.booleans()) else None
     return RandomBatch(

@@ -1,0 +1,103 @@
+// Tiles: registers of 16 rows of 64 bytes, two of which the processor multiplies at once (Intel AMX).
+//
+// Of two tiles the one holds rows, 32 bfloat16 numbers of each, the other the pairs of those places of 16 columns. A step
+// multiplies up to two tiles of rows with two of columns, four sums in all: that takes as long as to load the four.
+#pragma once
+
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__linux__)
+#define UNSPOOL_TILES
+
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+
+namespace unspool::tiles {
+
+constexpr int64_t ROWS = 16;          // of a tile
+constexpr int64_t BYTES = 64;         // of a row of it
+constexpr int64_t SIZE = ROWS * BYTES;
+constexpr int64_t DEEP = BYTES / 2;   // bfloat16 numbers in a row
+
+// Ask the system, once, whether this process may use them: they make what it saves of a thread larger.
+inline bool granted() {
+  constexpr long REQUEST = 0x1023, TILE_DATA = 18;
+  static const bool is = syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+  return is;
+}
+
+// What was written before is in memory from here on: tiles are loaded, and shaped, behind the compiler's back.
+inline void written() { __asm__ volatile("" ::: "memory"); }
+
+// The tiles of this thread while something is multiplied, shaped for some rows: sums in 0 to 3, rows in 4 and 5, columns in
+// 6 and 7. Whoever had them before has to shape them again.
+class Shaped {
+ public:
+  Shaped() = default;
+  Shaped(const Shaped&) = delete;
+  Shaped& operator=(const Shaped&) = delete;
+  ~Shaped() {
+    if (rows_) _tile_release();
+  }
+
+  void hold(int64_t rows) {
+    if (rows == rows_) return;
+    rows_ = rows;
+    Shape shape;
+    for (int t = 0; t < 8; ++t) shape.bytes[t] = BYTES;
+    const auto first = static_cast<uint8_t>(std::min(rows, ROWS)), second = static_cast<uint8_t>(rows - first);
+    for (int t : {0, 1, 4}) shape.rows[t] = first;
+    for (int t : {2, 3, 5}) shape.rows[t] = std::max<uint8_t>(second, 1);
+    for (int t : {6, 7}) shape.rows[t] = ROWS;
+    written();
+    _tile_loadconfig(&shape);
+  }
+
+ private:
+  struct alignas(64) Shape {
+    uint8_t palette = 1, start = 0, unused[14] = {};
+    uint16_t bytes[16] = {};
+    uint8_t rows[16] = {};
+  };
+  static_assert(sizeof(Shape) == 64);
+  int64_t rows_ = 0;
+};
+
+// Room of a thread that stays, for so many bytes.
+class Room {
+ public:
+  char* of(int64_t bytes) {
+    if (bytes > size_) {
+      size_ = (bytes + BYTES - 1) / BYTES * BYTES;
+      room_.reset(static_cast<char*>(std::aligned_alloc(BYTES, size_)));
+    }
+    return room_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(char* room) const { std::free(room); }
+  };
+  std::unique_ptr<char, Free> room_;
+  int64_t size_ = 0;
+};
+
+}  // namespace unspool::tiles
+#endif
+
+namespace unspool {
+
+// Whether this process multiplies by tiles.
+inline bool in_tiles() {
+#if defined(UNSPOOL_TILES)
+  return tiles::granted();
+#else
+  return false;
+#endif
+}
+
+}  // namespace unspool
