@@ -20,6 +20,7 @@ import argparse
 import json
 import platform
 import shlex
+import signal
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -274,6 +275,7 @@ def main() -> None:
         parser.error("--unspool needs unspool among --engines")
     if options.write:
         marked.check("peers")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and end the engines' processes too
     command = shlex.join(["python", "benchmarks/peers.py", *sys.argv[1:]])
     about = machine.describe(options.threads, options.dtypes)
     versions: dict[str, dict[str, str]] = {}

@@ -193,9 +193,9 @@ class Record:
 class Trial:
     """Whether drafts have paid of late: what they saved, less what they and looking for them took.
 
-    A trial ends after so many steps, or sooner if more was lost than one bears. After one that they lost they rest, twice
-    as long after each that they lose again; and less by the share of requests that came since, whose texts may be
-    others.
+    A trial ends after so many steps, or sooner if more was lost than one bears. After a trial that they lost they rest,
+    twice as long after each that they lose again; and less by the share of requests that came since, whose texts may
+    be others.
     """
 
     saved: float = 0.0

@@ -204,8 +204,8 @@ struct Seen {
 };
 
 // Turn scores of rows with a block of keys into weights, exp(score - greatest), and what was summed up before to the
-// new greatest. A score that is not a number makes its weight and with it all sums of its row so. Scores are to be multiplied
-// by `scale` first. N rows are looked at together.
+// new greatest. A score that is not a number makes its weight and with it all sums of its row so. Scores are to be
+// multiplied by `scale` first. N rows are looked at together.
 template <int N>
 inline void weigh(const Part& part, const Item& item, const Shape& shape, const Block& block, float scale,
                   float* scores, float* weighted, float* sum, float* most) {

@@ -15,8 +15,8 @@
 // The two products of a gated unit (Shazeer 2020, https://arxiv.org/abs/2002.05202: silu of the one times the other) are made
 // group beside group, and joined before they are written down.
 //
-// Where the processor has tiles (`tiles.h`), up to 32 rows are multiplied with a group at once, whose weights are written
-// down as tiles just before: to read them takes longer than to multiply, of few rows and of many.
+// Where the processor has tiles (`tiles.h`), up to 32 rows are multiplied with a group at once. Its weights are written down
+// as tiles just before, once for all rows that a thread has.
 //
 // All sums are float32, and each runs over the row in the same order, however many rows there are: a row's product is the
 // same to the last bit beside any others. There are no such operators where the processor does not multiply pairs, or has
@@ -392,8 +392,7 @@ void by_tiles(const at::BFloat16* rows, int64_t depth, const Group<Weights>& gro
   }
   for (const Stray* stray = group.stray; stray != group.end; ++stray)
     for (int64_t r = 0; r < count; ++r)
-      sums[r][stray->column] +=
-          static_cast<float>(rows[r * depth + stray->place]) * static_cast<float>(stray->weight);
+      sums[r][stray->column] += static_cast<float>(rows[r * depth + stray->place]) * static_cast<float>(stray->weight);
   for (int64_t r = 0; r < count; ++r)
     for (int v = 0; v < VECTORS && v * W < columns; ++v)
       write_down(finish.of(Element<float>::load(sums[r] + v * W), v * W), columns - v * W, output + r * width + v * W);
