@@ -211,7 +211,7 @@ def test_drafts_that_lost_a_trial_rest_twice_as_long_each_time_and_begin_again()
     for saved in (-1.0, -1.0, -1.0, -1.0, 1.0, -1.0):
         for _ in range(TRIAL):
             assert trial.rest == 0, "a trial ends with its last step"
-            trial.note(saved)
+            trial.note(saved, 2.0 * TRIAL)
         rests.append(trial.rest)
         trial.rest = 0
     assert rests == [REST, 2 * REST, 4 * REST, 8 * REST, 0, REST]

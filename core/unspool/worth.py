@@ -209,7 +209,7 @@ class Trial:
         self.rest = int(self.rest * (1 - share))
         self.next_rest = max(REST, int(self.next_rest * (1 - share)))
 
-    def note(self, saved: float, patience: float = math.inf) -> None:
+    def note(self, saved: float, patience: float) -> None:
         """Take down the seconds that a step of it saved; they are negative if it was in vain.
 
         Args:
