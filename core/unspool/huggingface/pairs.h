@@ -160,13 +160,12 @@ class Tiles {
              float* scores) {
     each(rows, [&](int64_t r, bool second) {
       for (int64_t j = 0; j < count; j += 2 * W) {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-        for (int64_t d = 0; d < width; d += tiles::DEEP)
-          multiply(query + r * width + d, width, turned + d / 2 * BLOCK + j, BLOCK, second);
-        keep(scores + r * BLOCK + j, BLOCK, second);
+        tiles::clear();
+        for (int64_t d = 0; d < width; d += tiles::DEEP) {
+          const int32_t* columns = turned + d / 2 * BLOCK + j;
+          tiles::multiply(query + r * width + d, width, columns, columns + W, BLOCK * sizeof *columns, second);
+        }
+        tiles::keep(scores + r * BLOCK + j, BLOCK, second);
       }
     });
   }
@@ -177,17 +176,13 @@ class Tiles {
     each(rows, [&](int64_t r, bool second) {
       for (int64_t e = 0; e < width; e += 2 * W) {
         float* sums = weighted + r * width + e;
-        const int64_t bytes = width * sizeof *sums;
-        _tile_loadd(0, sums, bytes);
-        _tile_loadd(1, sums + W, bytes);
-        if (second) {
-          _tile_loadd(2, sums + tiles::ROWS * width, bytes);
-          _tile_loadd(3, sums + tiles::ROWS * width + W, bytes);
-        }
-        for (int64_t k = 0; k < count; k += tiles::DEEP)
+        tiles::resume(sums, width, second);
+        for (int64_t k = 0; k < count; k += tiles::DEEP) {
+          const int32_t* columns = pairs + k / 2 * width + e;
           for (const at::BFloat16* part : {weights, weights + rows * BLOCK})
-            multiply(part + r * BLOCK + k, BLOCK, pairs + k / 2 * width + e, width, second);
-        keep(sums, width, second);
+            tiles::multiply(part + r * BLOCK + k, BLOCK, columns, columns + W, width * sizeof *columns, second);
+        }
+        tiles::keep(sums, width, second);
       }
     });
   }
@@ -200,28 +195,6 @@ class Tiles {
       const int64_t here = std::min(rows - r, 2 * tiles::ROWS);
       shaped_.hold(here);
       what(r, here > tiles::ROWS);
-    }
-  }
-
-  static void multiply(const at::BFloat16* rows, int64_t step, const int32_t* columns, int64_t next, bool second) {
-    _tile_loadd(6, columns, next * sizeof *columns);
-    _tile_loadd(7, columns + W, next * sizeof *columns);
-    _tile_loadd(4, rows, step * sizeof *rows);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    if (second) {
-      _tile_loadd(5, rows + tiles::ROWS * step, step * sizeof *rows);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
-    }
-  }
-
-  static void keep(float* sums, int64_t step, bool second) {
-    _tile_stored(0, sums, step * sizeof *sums);
-    _tile_stored(1, sums + W, step * sizeof *sums);
-    if (second) {
-      _tile_stored(2, sums + tiles::ROWS * step, step * sizeof *sums);
-      _tile_stored(3, sums + tiles::ROWS * step + W, step * sizeof *sums);
     }
   }
 

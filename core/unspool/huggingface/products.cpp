@@ -48,7 +48,7 @@ using namespace unspool;
 constexpr int64_t VECTORS = 2;            // of sums beside each other
 constexpr int64_t COLUMNS = VECTORS * W;  // in a group
 constexpr int64_t TALL = 12;              // rows whose sums the registers hold
-constexpr int64_t MOST = 32;              // rows whose sums tiles hold, two below each other
+constexpr int64_t MOST = 32;              // rows whose sums tiles hold
 constexpr int64_t STRIDE = 8;             // numbers of a row that are multiplied in a round
 constexpr int64_t LINE = 64;              // bytes that memory gives at once
 constexpr int64_t AHEAD = 6144;           // bytes
@@ -361,35 +361,18 @@ void by_tiles(const at::BFloat16* rows, int64_t depth, const Group<Weights>& gro
       std::memcpy(static_cast<void*>(to), rows + (r + 1) * depth - left, left * sizeof *rows);
       std::memset(static_cast<void*>(to + left), 0, (tiles::DEEP - left) * sizeof *rows);
     }
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+  tiles::clear();
   if (!near) write_panel(group, 0, pairs, panel(0));
   for (int64_t number = 0; number < all; ++number) {
     if (!near && number + 1 < all) write_panel(group, (number + 1) * tiles::ROWS, pairs, panel(number + 1));
     const bool whole = (number + 1) * tiles::DEEP <= depth;
     const at::BFloat16* x = whole ? rows + number * tiles::DEEP : rest;
-    const int64_t step = whole ? depth : tiles::DEEP, bytes = step * sizeof *x;
+    const char* weights = panel(number);
     tiles::written();
-    _tile_loadd(6, panel(number), tiles::BYTES);
-    _tile_loadd(7, panel(number) + tiles::SIZE, tiles::BYTES);
-    _tile_loadd(4, x, bytes);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    if (second) {
-      _tile_loadd(5, x + tiles::ROWS * step, bytes);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
-    }
+    tiles::multiply(x, whole ? depth : tiles::DEEP, weights, weights + tiles::SIZE, tiles::BYTES, second);
   }
   alignas(64) float sums[2 * tiles::ROWS][COLUMNS];
-  _tile_stored(0, sums, sizeof *sums);
-  _tile_stored(1, sums[0] + W, sizeof *sums);
-  if (second) {
-    _tile_stored(2, sums[tiles::ROWS], sizeof *sums);
-    _tile_stored(3, sums[tiles::ROWS] + W, sizeof *sums);
-  }
+  tiles::keep(*sums, COLUMNS, second);
   for (const Stray* stray = group.stray; stray != group.end; ++stray)
     for (int64_t r = 0; r < count; ++r)
       sums[r][stray->column] += static_cast<float>(rows[r * depth + stray->place]) * static_cast<float>(stray->weight);

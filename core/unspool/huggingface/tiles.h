@@ -1,12 +1,13 @@
 // Tiles: registers of 16 rows of 64 bytes, two of which the processor multiplies at once (Intel AMX).
 //
-// Of two tiles the one holds rows, 32 bfloat16 numbers of each, the other the pairs of those places of 16 columns. A step
-// multiplies up to two tiles of rows with two of columns, four sums in all: that takes as long as to load the four.
+// Of two tiles the one holds rows, 32 bfloat16 numbers of each, the other the pairs of those places of 16 columns. Up to two
+// tiles of rows are multiplied with two of columns at once: four tiles of sums, all that there are registers for.
 #pragma once
 
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__linux__)
 #define UNSPOOL_TILES
 
+#include <c10/util/BFloat16.h>
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -18,10 +19,11 @@
 
 namespace unspool::tiles {
 
-constexpr int64_t ROWS = 16;          // of a tile
-constexpr int64_t BYTES = 64;         // of a row of it
+constexpr int64_t ROWS = 16;           // of a tile
+constexpr int64_t BYTES = 64;          // of a row of it
 constexpr int64_t SIZE = ROWS * BYTES;
-constexpr int64_t DEEP = BYTES / 2;   // bfloat16 numbers in a row
+constexpr int64_t DEEP = BYTES / 2;    // bfloat16 numbers in a row
+constexpr int64_t COLUMNS = BYTES / 4; // sums in a row
 
 // Ask the system, once, whether this process may use them: they make what it saves of a thread larger.
 inline bool granted() {
@@ -66,6 +68,50 @@ class Shaped {
   static_assert(sizeof(Shape) == 64);
   int64_t rows_ = 0;
 };
+
+// Begin sums with zeros.
+inline void clear() {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+}
+
+// Add the products of rows, `step` numbers apart, with the tiles of columns at two places, whose rows are so many bytes
+// apart. `second`: there are more rows than one tile holds.
+inline void multiply(const c10::BFloat16* rows, int64_t step, const void* columns, const void* next, int64_t bytes,
+                     bool second) {
+  _tile_loadd(6, columns, bytes);
+  _tile_loadd(7, next, bytes);
+  _tile_loadd(4, rows, step * sizeof *rows);
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_dpbf16ps(1, 4, 7);
+  if (second) {
+    _tile_loadd(5, rows + ROWS * step, step * sizeof *rows);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+}
+
+// Go on with sums that were kept, rows `step` numbers apart.
+inline void resume(const float* sums, int64_t step, bool second) {
+  _tile_loadd(0, sums, step * sizeof *sums);
+  _tile_loadd(1, sums + COLUMNS, step * sizeof *sums);
+  if (second) {
+    _tile_loadd(2, sums + ROWS * step, step * sizeof *sums);
+    _tile_loadd(3, sums + ROWS * step + COLUMNS, step * sizeof *sums);
+  }
+}
+
+// Write sums down.
+inline void keep(float* sums, int64_t step, bool second) {
+  _tile_stored(0, sums, step * sizeof *sums);
+  _tile_stored(1, sums + COLUMNS, step * sizeof *sums);
+  if (second) {
+    _tile_stored(2, sums + ROWS * step, step * sizeof *sums);
+    _tile_stored(3, sums + ROWS * step + COLUMNS, step * sizeof *sums);
+  }
+}
 
 // Room of a thread that stays, for so many bytes.
 class Room {
