@@ -77,6 +77,29 @@ def test_queries_of_float32_may_read_a_pool_of_bfloat16() -> None:
     assert torch.equal(halves[0].float(), wholes[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_scored_far_below_the_rest_weighs_nothing(dtype: torch.dtype) -> None:
+    case = RandomBatch(0, Layer(2, 32, 32, dtype), 16)
+    case.clear(200)
+    case.chain(np.arange(100), 20)
+    pool = Pool([case.layer], 200, torch.device("cpu"))
+    keys, values = pool.places[0][0].keys, pool.places[0][0].values
+    keys.zero_()
+    keys[..., 0] = -3000.0 * torch.arange(200).fmod(3)  # a third of them scores 0, the others less than -500
+    values[:] = torch.rand(200, generator=torch.Generator().manual_seed(0))[:, None]
+    pool.positions[:100] = np.arange(100)
+    slots = np.arange(80, 100)
+    query = torch.zeros(1, 16, 20, 32, dtype=dtype)
+    query[..., 0] = 1
+    own = torch.zeros(1, 2, 20, 32, dtype=dtype)
+    plan = TablePlan(pool, Batch(slots, slots, slots, case.spans, slots))
+    found = plan.attend(Call(nn.Module(), query, own, own, None, {}))
+    weighed = keys[0, 0, 0, :, 0] == 0
+    for row, place in enumerate(slots):
+        seen = values[0, 0, 0, : place + 1, 0][weighed[: place + 1]].float()
+        torch.testing.assert_close(found[0, row].float(), seen.mean().expand(16, 32), rtol=1e-2, atol=1e-3)
+
+
 @pytest.mark.parametrize("arch", sorted(ARCHITECTURES))
 def test_every_architecture_runs_by_the_kernel_as_it_does_without(arch: str) -> None:
     tokens = np.random.default_rng(0).integers(3, 64, 26)
@@ -116,6 +139,18 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 8, 500])
+def test_every_row_is_done_however_many_threads_share_them(count: int, threads: None) -> None:
+    values = torch.randn(count, 70, generator=torch.Generator().manual_seed(count))
+    for number in (1, 2, 3, 8):
+        torch.set_num_threads(number)
+        for _ in range(20):
+            assert torch.equal(torch.ops.unspool.best(values, 3), values.topk(3).indices)
+            copy, most = torch.ops.unspool.widened(values)
+            assert torch.equal(copy, values)
+            assert torch.equal(most, values.amax(dim=-1))
 
 
 @pytest.mark.parametrize("width", [1, 7, 48, 500])

@@ -195,8 +195,12 @@ struct Seen {
 
   // Leave out of a row's scores what it does not see.
   void mask(float* line) const {
-    for (int64_t j = 0; j < first; ++j) line[j] = NONE;
-    for (int64_t j = last; j < BLOCK; ++j) line[j] = NONE;
+    if (first > 0 || last < BLOCK)
+      for (int j = 0; j < BLOCK; j += W) {
+        const Whole place = lanes() + j;
+        Loose* scores = reinterpret_cast<Loose*>(line + j);
+        *scores = place >= static_cast<int>(first) && place < static_cast<int>(last) ? *scores : all(NONE);
+      }
     if (allowed)
       for (int64_t j = first; j < last; ++j)
         if (!allowed[j]) line[j] = NONE;

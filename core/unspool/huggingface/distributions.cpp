@@ -3,7 +3,6 @@
 // What lies between the readings stays in a core's cache: a row is one core's. Each row is summed in the same order whatever
 // others there are.
 
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -15,6 +14,7 @@
 #include <vector>
 
 #include "vectors.h"
+#include "work.h"
 
 namespace {
 
@@ -103,17 +103,14 @@ at::Tensor divergence(const at::Tensor& logits_, const at::Tensor& others_) {
   auto with = [&](auto dtype) {
     using T = decltype(dtype);
     const T *one = logits.const_data_ptr<T>(), *other = others.const_data_ptr<T>();
-    at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        const Summed sums = raise(one + row * vocab, vocab, p + row * room);
-        known[row] = negative_entropy(sums);
-        const float share = 1 / sums.norm;
-        for (int64_t i = 0; i < vocab; ++i) p[row * room + i] *= share;
-      }
+    each(n, [&](int64_t row) {
+      const Summed sums = raise(one + row * vocab, vocab, p + row * room);
+      known[row] = negative_entropy(sums);
+      const float share = 1 / sums.norm;
+      for (int64_t i = 0; i < vocab; ++i) p[row * room + i] *= share;
     });
-    at::parallel_for(0, m, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row)
-        to[row] = divergence_of(p + row % n * room, known[row % n], other + row * vocab, vocab);
+    each(m, [&](int64_t row) {
+      to[row] = divergence_of(p + row % n * room, known[row % n], other + row * vocab, vocab);
     });
   };
   by_dtype(logits.scalar_type(), "unspool::divergence takes logits of", with);
@@ -164,9 +161,8 @@ void log_ratio(at::Tensor& p, const at::Tensor& q_, const at::Tensor& alpha_, co
   auto with = [&](auto dtype) {
     using T = decltype(dtype);
     const T* other = q.const_data_ptr<T>();
-    at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row)
-        ratio_of(to + row * vocab, other + row * vocab, vocab, alphas[row], gains[row], weights[row]);
+    each(n, [&](int64_t row) {
+      ratio_of(to + row * vocab, other + row * vocab, vocab, alphas[row], gains[row], weights[row]);
     });
   };
   by_dtype(q.scalar_type(), "unspool::log_ratio_ takes others of", with);

@@ -4,7 +4,6 @@
 // of it, which the exponent of its uniform number gives; the others need it to within a thousandth. Who of several wins is
 // left to exact numbers: nearly always there is one.
 
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -15,6 +14,7 @@
 #include <vector>
 
 #include "vectors.h"
+#include "work.h"
 
 namespace {
 
@@ -43,8 +43,8 @@ struct Contender {
 
 // The tokens of a row that may win with a key's noise, in order. Where none is possible it is the first.
 void contend(const float* logits, int64_t vocab, uint64_t key, std::vector<Contender>& found) {
-  Word token, low, high;
-  for (int i = 0; i < W; ++i) token[i] = i, low[i] = static_cast<uint32_t>(key), high[i] = static_cast<uint32_t>(key >> 32);
+  Word token = reinterpret_cast<Word>(lanes()), low, high;
+  for (int i = 0; i < W; ++i) low[i] = static_cast<uint32_t>(key), high[i] = static_cast<uint32_t>(key >> 32);
   float best = NONE, least = NONE;
   found.clear();
   for (int64_t i = 0; i < vocab; i += W, token += W) {
@@ -80,9 +80,8 @@ at::Tensor contenders(const at::Tensor& logits_, const at::Tensor& keys_) {
   const float* from = logits.const_data_ptr<float>();
   const int64_t* key = keys.const_data_ptr<int64_t>();
   std::vector<std::vector<Contender>> found(rows);
-  at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row)
-      contend(from + row * vocab, vocab, static_cast<uint64_t>(key[row]), found[row]);
+  each(rows, [&](int64_t row) {
+    contend(from + row * vocab, vocab, static_cast<uint64_t>(key[row]), found[row]);
   });
   int64_t count = 0;
   for (const auto& row : found) count += row.size();

@@ -33,7 +33,7 @@ from unspool.huggingface import cache
 _log = logging.getLogger(__name__)
 _NAMES = "attention", "products", "distributions", "draws", "ranks", "likeness", "masks", "passes"
 _SOURCES = tuple(Path(__file__).with_name(f"{name}.cpp") for name in _NAMES)
-_HEADERS = tuple(Path(__file__).with_name(f"{name}.h") for name in ("vectors", "tiles", "pairs"))
+_HEADERS = tuple(Path(__file__).with_name(f"{name}.h") for name in ("vectors", "work", "tiles", "pairs"))
 _FLAGS = ("-O3", "-std=c++20", "-fPIC", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi")
 _PRODUCTS = "project", "project_gated"
 _SHIMS = {

@@ -2,7 +2,6 @@
 //
 // Every product is summed in the same order, whatever others there are: equal vectors tie.
 
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -12,6 +11,7 @@
 #include <vector>
 
 #include "vectors.h"
+#include "work.h"
 
 namespace {
 
@@ -78,12 +78,10 @@ at::Tensor nearest(const at::Tensor& candidates_, const at::Tensor& path_, const
   auto with = [&](auto dtype) {
     using T = decltype(dtype);
     const T* states = path.const_data_ptr<T>();
-    at::parallel_for(0, n * parts, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t part = begin; part < end; ++part) {
-        const int64_t row = part / parts, first = row * longest + part % parts * PLACES;
-        const int64_t places = std::min(PLACES, (row + 1) * longest - first);
-        look(from + row * k * width, k, states + first * width, mask + first, places, width, found.data() + part * k);
-      }
+    each(n * parts, [&](int64_t part) {
+      const int64_t row = part / parts, first = row * longest + part % parts * PLACES;
+      const int64_t places = std::min(PLACES, (row + 1) * longest - first);
+      look(from + row * k * width, k, states + first * width, mask + first, places, width, found.data() + part * k);
     });
   };
   by_dtype(path.scalar_type(), "unspool::nearest takes paths of", with);

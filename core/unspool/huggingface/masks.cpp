@@ -1,12 +1,12 @@
 // What masks of bits forbid becomes -inf, and nothing else is read or written.
 
-#include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <cstdint>
 #include <cstring>
 
 #include "vectors.h"
+#include "work.h"
 
 namespace {
 
@@ -47,9 +47,7 @@ void forbid(at::Tensor& logits, const at::Tensor& octets_) {
   const int64_t rows = logits.size(0), width = logits.size(1), stride = octets.size(1);
   float* to = logits.mutable_data_ptr<float>();
   const uint8_t* bits = octets.const_data_ptr<uint8_t>();
-  at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) forbid_row(to + row * width, bits + row * stride, width);
-  });
+  each(rows, [&](int64_t row) { forbid_row(to + row * width, bits + row * stride, width); });
 }
 
 }  // namespace

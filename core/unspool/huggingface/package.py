@@ -253,6 +253,7 @@ def make(subject: Subject, kind: Kind) -> Path:
         if kind.last > 1:  # more tokens do not only read the weights: they multiply
             widen(model, torch.float32 if dtype.itemsize == 2 and not can_pack(dtype) else dtype)
         join(model)
+    _keep_turns(model)
     subject = Subject(model, subject.layers, subject.listening)
     _log.info("compiling passes of %s (once)", kind.tokens)
     select_algorithm.PRINT_AUTOTUNE = False
@@ -271,6 +272,20 @@ def make(subject: Subject, kind: Kind) -> Path:
     except Exception as error:  # of any of three compilers
         raise ModelError(f"the model cannot be compiled: {type(error).__name__}: {error}") from error
     return made
+
+
+def _keep_turns(model: nn.Module) -> None:
+    """Have the cosines and sines by which places turn queries and keys written down once: left to itself, the compiler
+    computes them anew in each layer. It never looks through the strides of a view."""
+
+    def keep(_module: nn.Module, _given: object, turns: Any) -> Any:
+        if not isinstance(turns, tuple):  # complex numbers, which it does not compute
+            return turns
+        return tuple(turn.as_strided(turn.shape, turn.stride()) for turn in turns)
+
+    for module in model.modules():
+        if type(module).__name__.endswith("RotaryEmbedding"):
+            module.register_forward_hook(keep)
 
 
 def _unpack(archive: Path, folder: Path) -> None:

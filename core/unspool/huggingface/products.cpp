@@ -22,7 +22,6 @@
 // same to the last bit beside any others. There are no such operators where the processor does not multiply pairs, or has
 // no tables of bytes.
 
-#include <ATen/Parallel.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -39,6 +38,7 @@
 
 #include "tiles.h"
 #include "vectors.h"
+#include "work.h"
 
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
 namespace {
@@ -113,7 +113,7 @@ struct Head {
 static_assert(sizeof(Head) == LINE);
 
 // A weight whose exponent has no code. It lies as a zero among the others, so beside an infinite number of a row the sum
-// becomes NaN, not infinite.
+// becomes NaN, not infinite; but in tiles it is put in its place.
 struct Stray {
   int32_t place;  // in the row
   uint16_t column;
@@ -172,19 +172,17 @@ std::optional<at::Tensor> codes_of(const at::Tensor& whole) {
     int64_t strays;
   };
   std::vector<Code> code(groups);
-  at::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t g = begin; g < end; ++g) {
-      int64_t counts[256] = {};
-      for (int64_t i = 0; i < COLUMNS * depth; ++i) ++counts[exponent(weights[g * COLUMNS * depth + i])];
-      counts[0] = COLUMNS * depth + 1;  // zero is what strays are read as
-      uint8_t order[256];
-      std::iota(order, order + 256, 0);
-      std::stable_sort(order, order + 256, [&](uint8_t a, uint8_t b) { return counts[a] > counts[b]; });
-      std::memset(code[g].of, CODES, sizeof code[g].of);  // none
-      for (int c = 0; c < CODES; ++c) code[g].of[code[g].exponents[c] = order[c]] = c;
-      code[g].strays = 0;
-      for (int c = CODES; c < 256; ++c) code[g].strays += counts[order[c]];
-    }
+  each(groups, [&](int64_t g) {
+    int64_t counts[256] = {};
+    for (int64_t i = 0; i < COLUMNS * depth; ++i) ++counts[exponent(weights[g * COLUMNS * depth + i])];
+    counts[0] = COLUMNS * depth + 1;  // zero is what strays are read as
+    uint8_t order[256];
+    std::iota(order, order + 256, 0);
+    std::stable_sort(order, order + 256, [&](uint8_t a, uint8_t b) { return counts[a] > counts[b]; });
+    std::memset(code[g].of, CODES, sizeof code[g].of);  // none
+    for (int c = 0; c < CODES; ++c) code[g].of[code[g].exponents[c] = order[c]] = c;
+    code[g].strays = 0;
+    for (int c = CODES; c < 256; ++c) code[g].strays += counts[order[c]];
   });
   int64_t most = 0;
   for (const Code& each : code) most = std::max(most, each.strays);
@@ -192,30 +190,28 @@ std::optional<at::Tensor> codes_of(const at::Tensor& whole) {
   const int64_t record = (Coded::HEAD + blocks * Coded::BLOCK + most * sizeof(Stray) + LINE - 1) / LINE * LINE;
   at::Tensor laid = at::zeros({groups, record}, whole.options().dtype(at::kByte));
   char* to = reinterpret_cast<char*>(laid.mutable_data_ptr());
-  at::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t g = begin; g < end; ++g) {
-      Head* head = reinterpret_cast<Head*>(to + g * record);
-      char* block = to + g * record + Coded::HEAD;
-      Stray* stray = reinterpret_cast<Stray*>(block + blocks * Coded::BLOCK);
-      head->depth = depth;
-      for (int c = 0; c < CODES; ++c) {
-        head->low[c] = code[g].exponents[c] << 7;
-        head->high[c] = code[g].exponents[c] >> 1;
-      }
-      for (int64_t k = 0; k < depth; ++k)
-        for (int64_t n = 0; n < COLUMNS; ++n) {
-          const uint16_t weight = weights[(g * COLUMNS + n) * depth + k];
-          const uint8_t found = code[g].of[exponent(weight)];
-          char* here = block + k / 4 * Coded::BLOCK + Coded::within(n, k % 2);
-          if (found == CODES) {
-            stray[head->strays++] = {static_cast<int32_t>(k), static_cast<uint16_t>(n),
-                                     at::BFloat16(weight, at::BFloat16::from_bits())};
-          } else {
-            here[(1 + k % 4 / 2) * LINE] = weight >> 8 & 128 | weight & 127;
-            here[0] |= found << k % 4 / 2 * 4;
-          }
-        }
+  each(groups, [&](int64_t g) {
+    Head* head = reinterpret_cast<Head*>(to + g * record);
+    char* block = to + g * record + Coded::HEAD;
+    Stray* stray = reinterpret_cast<Stray*>(block + blocks * Coded::BLOCK);
+    head->depth = depth;
+    for (int c = 0; c < CODES; ++c) {
+      head->low[c] = code[g].exponents[c] << 7;
+      head->high[c] = code[g].exponents[c] >> 1;
     }
+    for (int64_t k = 0; k < depth; ++k)
+      for (int64_t n = 0; n < COLUMNS; ++n) {
+        const uint16_t weight = weights[(g * COLUMNS + n) * depth + k];
+        const uint8_t found = code[g].of[exponent(weight)];
+        char* here = block + k / 4 * Coded::BLOCK + Coded::within(n, k % 2);
+        if (found == CODES) {
+          stray[head->strays++] = {static_cast<int32_t>(k), static_cast<uint16_t>(n),
+                                   at::BFloat16(weight, at::BFloat16::from_bits())};
+        } else {
+          here[(1 + k % 4 / 2) * LINE] = weight >> 8 & 128 | weight & 127;
+          here[0] |= found << k % 4 / 2 * 4;
+        }
+      }
   });
   return laid;
 }
@@ -245,7 +241,7 @@ struct Finish {
         columns(wanted) {}
 
   // Of the vector of columns from n.
-  Vector of(Vector sum, int64_t n) const {
+  [[gnu::always_inline]] Vector of(Vector sum, int64_t n) const {
     const Vector scaled = scales ? sum * some(scales + n, columns - n, 1.0f) : sum;
     return biases ? scaled + some(biases + n, columns - n, 0.0f) : scaled;
   }
@@ -328,9 +324,10 @@ void tile_of(int64_t count, const Arguments&... arguments) {
 #if defined(UNSPOOL_TILES)
 constexpr int64_t PANEL = VECTORS * tiles::SIZE;  // bytes of the weights of a group that are in tiles at once
 
-// Write down as tiles what is left of a group's weights from a pair on; zeros where there are no more.
+// Write down as tiles what is left of a group's weights from a pair on, with its strays from `stray` on, zeros where there
+// are no more. Gives the first stray that lies behind.
 template <typename Weights>
-void write_panel(const Group<Weights>& group, int64_t from, int64_t end, char* panel) {
+const Stray* write_panel(const Group<Weights>& group, int64_t from, int64_t end, const Stray* stray, char* panel) {
   const Weights weights = group.weights;
   const char* block = group.blocks + from / Weights::AT_ONCE * Weights::BLOCK;
   const int64_t there = std::min(end - from, tiles::ROWS);
@@ -343,6 +340,12 @@ void write_panel(const Group<Weights>& group, int64_t from, int64_t end, char* p
   }
   for (int64_t p = there; p < tiles::ROWS; ++p)
     for (int v = 0; v < VECTORS; ++v) _mm512_store_si512(panel + v * tiles::SIZE + p * tiles::BYTES, __m512i{});
+  for (; stray != group.end && stray->place / 2 < from + tiles::ROWS; ++stray) {
+    char* column = panel + stray->column / W * tiles::SIZE + stray->column % W * sizeof(int32_t);
+    char* to = column + (stray->place / 2 - from) * tiles::BYTES + stray->place % 2 * sizeof stray->weight;
+    std::memcpy(to, &stray->weight, sizeof stray->weight);
+  }
+  return stray;
 }
 
 // As `tile` does, for up to two tiles of rows. Panels of the group are written one ahead of their use; into two by turns,
@@ -362,9 +365,11 @@ void by_tiles(const at::BFloat16* rows, int64_t depth, const Group<Weights>& gro
       std::memset(static_cast<void*>(to + left), 0, (tiles::DEEP - left) * sizeof *rows);
     }
   tiles::clear();
-  if (!near) write_panel(group, 0, pairs, panel(0));
+  const Stray* stray = group.stray;
+  if (!near) stray = write_panel(group, 0, pairs, stray, panel(0));
   for (int64_t number = 0; number < all; ++number) {
-    if (!near && number + 1 < all) write_panel(group, (number + 1) * tiles::ROWS, pairs, panel(number + 1));
+    if (!near && number + 1 < all)
+      stray = write_panel(group, (number + 1) * tiles::ROWS, pairs, stray, panel(number + 1));
     const bool whole = (number + 1) * tiles::DEEP <= depth;
     const at::BFloat16* x = whole ? rows + number * tiles::DEEP : rest;
     const char* weights = panel(number);
@@ -373,9 +378,6 @@ void by_tiles(const at::BFloat16* rows, int64_t depth, const Group<Weights>& gro
   }
   alignas(64) float sums[2 * tiles::ROWS][COLUMNS];
   tiles::keep(*sums, COLUMNS, second);
-  for (const Stray* stray = group.stray; stray != group.end; ++stray)
-    for (int64_t r = 0; r < count; ++r)
-      sums[r][stray->column] += static_cast<float>(rows[r * depth + stray->place]) * static_cast<float>(stray->weight);
   for (int64_t r = 0; r < count; ++r)
     for (int v = 0; v < VECTORS && v * W < columns; ++v)
       write_down(finish.of(Element<float>::load(sums[r] + v * W), v * W), columns - v * W, output + r * width + v * W);
@@ -412,17 +414,14 @@ void share_out(int64_t count, int64_t units, Make make) {
   const int64_t shares = count >= APART * tall * threads ? threads
                          : units >= fair                 ? 1
                                                          : std::min(most, (fair + units - 1) / units);
-  at::parallel_for(0, units * shares, 1, [&](int64_t begin, int64_t end) {
-    Hands hands;
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t share = task / units;
-      const int64_t start = count * share / shares, here = count * (share + 1) / shares - start;
-      const int64_t parts = (here + tall - 1) / tall;
-      auto multiply = make(task % units, hands);
-      for (int64_t p = 0; p < parts; ++p) {
-        const int64_t row = start + here * p / parts;
-        multiply(Some{row, start + here * (p + 1) / parts - row, p > 0, p + 1 < parts});
-      }
+  each<Hands>(units * shares, [&](int64_t task, Hands& hands) {
+    const int64_t share = task / units;
+    const int64_t start = count * share / shares, here = count * (share + 1) / shares - start;
+    const int64_t parts = (here + tall - 1) / tall;
+    auto multiply = make(task % units, hands);
+    for (int64_t p = 0; p < parts; ++p) {
+      const int64_t row = start + here * p / parts;
+      multiply(Some{row, start + here * (p + 1) / parts - row, p > 0, p + 1 < parts});
     }
   });
 }
@@ -466,8 +465,9 @@ void multiply(const Product& product, at::BFloat16* to, int64_t width) {
 
 // x / (1 + exp(-x)).
 inline Vector silu(Vector x) {
-  const Vector power = exponential(x < Vector{} ? x : -x);
-  return x * (x < Vector{} ? power : Vector{} + 1.0f) / (power + 1.0f);
+  const Vector power = exponential(x < Vector{} ? x : -x), divisor = power + 1.0f;  // from 1 to 2
+  const auto near = reinterpret_cast<Vector>(_mm512_rcp14_ps(reinterpret_cast<__m512>(divisor)));
+  return x * (x < Vector{} ? power : Vector{} + 1.0f) * (near * (2.0f - divisor * near));  // a step of Newton's
 }
 
 // Groups by turns: of a gate, and of what it lets through.

@@ -1,6 +1,5 @@
 // The best of each row, and the greatest beside a copy, in one reading.
 
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -11,6 +10,7 @@
 #include <vector>
 
 #include "vectors.h"
+#include "work.h"
 
 namespace {
 
@@ -61,9 +61,8 @@ at::Tensor best(const at::Tensor& values_, int64_t count) {
   const float* from = values.const_data_ptr<float>();
   at::Tensor places = at::empty({rows, count}, values.options().dtype(at::kLong));
   int64_t* to = places.mutable_data_ptr<int64_t>();
-  at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
-    std::vector<Ranked> kept;
-    for (int64_t row = begin; row < end; ++row) rank(from + row * width, width, count, kept, to + row * count);
+  each<std::vector<Ranked>>(rows, [&](int64_t row, std::vector<Ranked>& kept) {
+    rank(from + row * width, width, count, kept, to + row * count);
   });
   return places;
 }
@@ -99,9 +98,7 @@ std::tuple<at::Tensor, at::Tensor> widened(const at::Tensor& values_) {
   float *to = copy.mutable_data_ptr<float>(), *top = tops.mutable_data_ptr<float>();
   auto with = [&](auto dtype) {
     const auto* from = values.const_data_ptr<decltype(dtype)>();
-    at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) top[row] = widen(from + row * width, width, to + row * width);
-    });
+    each(rows, [&](int64_t row) { top[row] = widen(from + row * width, width, to + row * width); });
   };
   by_dtype(values.scalar_type(), "unspool::widened takes", with);
   return {copy, tops};
