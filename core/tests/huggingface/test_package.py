@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -98,6 +99,13 @@ def test_packages_give_what_the_models_own_code_gives(gemma: HuggingFaceRunner) 
         assert compiled.hidden.keys() == expected.hidden.keys()
         for number, states in expected.hidden.items():
             torch.testing.assert_close(compiled.hidden[number], states, rtol=1e-3, atol=1e-4)
+
+
+def test_cosines_of_places_are_computed_once_a_pass_and_not_in_each_layer(gemma: HuggingFaceRunner) -> None:
+    for kind in KINDS:
+        loops = set(re.findall(rb"cpp_fused_\w+", (gemma.subject.path(kind) / "pass.so").read_bytes()))
+        assert any(b"_cos_" in loop for loop in loops)
+        assert not any(b"_cos_" in loop and b"_attend_" in loop for loop in loops)
 
 
 def test_passes_of_the_first_layers_are_left_to_the_models_own_code(gemma: HuggingFaceRunner) -> None:
