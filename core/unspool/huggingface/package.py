@@ -253,7 +253,7 @@ def make(subject: Subject, kind: Kind) -> Path:
         if kind.last > 1:  # more tokens do not only read the weights: they multiply
             widen(model, torch.float32 if dtype.itemsize == 2 and not can_pack(dtype) else dtype)
         join(model)
-    _keep_turns(model)
+    _keep_rotations(model)
     subject = Subject(model, subject.layers, subject.listening)
     _log.info("compiling passes of %s (once)", kind.tokens)
     select_algorithm.PRINT_AUTOTUNE = False
@@ -274,14 +274,16 @@ def make(subject: Subject, kind: Kind) -> Path:
     return made
 
 
-def _keep_turns(model: nn.Module) -> None:
-    """Have the cosines and sines by which places turn queries and keys written down once: left to itself, the compiler
-    computes them anew in each layer. It never looks through the strides of a view."""
+def _keep_rotations(model: nn.Module) -> None:
+    """Have the cosines and sines of rotary positions written down once a pass.
 
-    def keep(_module: nn.Module, _given: object, turns: Any) -> Any:
-        if not isinstance(turns, tuple):  # complex numbers, which it does not compute
-            return turns
-        return tuple(turn.as_strided(turn.shape, turn.stride()) for turn in turns)
+    Left to itself, the compiler computes them anew in each layer. It never looks through the strides of a view.
+    """
+
+    def keep(_module: nn.Module, _given: object, rotations: Any) -> Any:
+        if not isinstance(rotations, tuple):  # complex numbers, which it does not compute
+            return rotations
+        return tuple(part.as_strided(part.shape, part.stride()) for part in rotations)
 
     for module in model.modules():
         if type(module).__name__.endswith("RotaryEmbedding"):
