@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 from transformers.utils import logging as transformers_logging
 
 from unspool.errors import InputError, ModelError
-from unspool.huggingface import from_model, gguf, load
+from unspool.huggingface import from_model, gguf, kernel, load, probe
 from unspool.runner import Batch, Span
 from unspool_testing.networks import tiny_model
 
@@ -342,3 +342,61 @@ def test_loading_draws_no_bars_and_leaves_them_as_they_were(saved: Path, capfd: 
         after = transformers_logging.set_tqdm_hook(before)
     assert "Loading weights" not in capfd.readouterr().err
     assert after is somebodys_own
+
+
+@pytest.fixture
+def compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Have a cache of one's own, and list the classes of models that are compared with themselves."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    asked: list[str] = []
+    compare = probe.compare
+
+    def noted(runner: Any, model: Any) -> None:
+        asked.append(type(model).__name__)
+        compare(runner, model)
+
+    monkeypatch.setattr(probe, "compare", noted)
+    return asked
+
+
+def test_a_model_that_agreed_with_itself_is_not_asked_again(folder: Path, compared: list[str], tmp_path: Path) -> None:
+    load(str(folder), device="cpu")
+    load(str(folder), device="cpu")
+    assert len(compared) == 1
+    load(str(folder), device="cpu", dtype="bfloat16")  # another model, in which more is rounded
+    load(str(folder), device="cpu", compile="off")  # which attends by other code
+    load(str(folder), device="cpu", quantization="int8")
+    count = 4 if kernel.available() else 3
+    assert len(compared) == count
+    for options in ({}, {"dtype": "bfloat16"}, {"compile": "off"}, {"quantization": "int8"}):
+        load(str(folder), device="cpu", **options)  # type: ignore[arg-type]
+    assert len(compared) == count
+    load(str(folder), device="cpu", trust_remote_code=True)
+    load(str(folder), device="cpu", trust_remote_code=True)
+    assert len(compared) == count + 2  # code of others' is asked each time
+    changed = Path(shutil.copytree(folder, tmp_path / "changed"))
+    model: Any = AutoModelForCausalLM.from_pretrained(changed)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[0, 0] += 1
+    model.save_pretrained(changed)
+    load(str(changed), device="cpu")
+    assert len(compared) == count + 3
+
+
+def test_a_model_that_disagrees_with_itself_is_asked_each_time(
+    folder: Path, compared: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = probe._packed
+    monkeypatch.setattr(probe, "_packed", lambda *given: 2 * packed(*given))
+    for _ in range(2):
+        with pytest.raises(ModelError, match="packed, its logits differ"):
+            load(str(folder), device="cpu")
+    assert len(compared) == 2
+    monkeypatch.undo()
+
+
+def test_what_cannot_be_kept_is_asked_each_time(folder: Path, compared: list[str], tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file where the folder would be")
+    load(str(folder), device="cpu", compile="off")
+    load(str(folder), device="cpu", compile="off")
+    assert len(compared) == 2

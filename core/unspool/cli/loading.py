@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,14 +15,21 @@ if TYPE_CHECKING:
     from unspool.resolved import Defaults
 
 
-def load_engine(defaults: Defaults) -> Engine:
-    """Load the model that `defaults` names, telling so where stderr is a terminal."""
-    gc.disable()  # all that is imported and loaded here stays: to look for garbage in it takes half a second
+@contextmanager
+def staying() -> Iterator[None]:
+    """Look for no garbage in what is imported and loaded meanwhile, nor later: it stays. That takes half a second."""
+    gc.disable()
     try:
-        return _load(defaults)
+        yield
     finally:
         gc.freeze()
         gc.enable()
+
+
+def load_engine(defaults: Defaults) -> Engine:
+    """Load the model that `defaults` names, telling so where stderr is a terminal."""
+    with staying():
+        return _load(defaults)
 
 
 def _load(defaults: Defaults) -> Engine:

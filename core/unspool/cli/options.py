@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from unspool.cli.loading import staying
+
 if TYPE_CHECKING:
     from unspool.registry import Registry
     from unspool.resolved import Defaults
@@ -135,10 +137,11 @@ def command_line(
     """
     from dataclasses import replace
 
-    from unspool.config import LimitSettings, ModelSettings, Variation, validate
-    from unspool.errors import InputError
-    from unspool.layers import Layer
-    from unspool.resolved import load_defaults
+    with staying():
+        from unspool.config import LimitSettings, ModelSettings, Variation, validate
+        from unspool.errors import InputError
+        from unspool.layers import Layer
+        from unspool.resolved import load_defaults
 
     if strategy and len(strategy) > 1:
         raise InputError("--strategy", " ".join(strategy), "one: a pipeline has one strategy")

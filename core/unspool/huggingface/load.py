@@ -137,7 +137,12 @@ def load(
     if quantization == OWN:
         quantize(model)
     graphs = compile == "on" and target.type == "cuda"
-    runner = HuggingFaceRunner(model if quantized else model.to(target), compiled=compile != "off", graphs=graphs)
+    runner = HuggingFaceRunner(
+        model if quantized else model.to(target),
+        compiled=compile != "off",
+        graphs=graphs,
+        remember=not trust_remote_code,  # such code may read what no hash of ours does
+    )
     if compile != "off" and runner.can_compile and not quantized and not runner.use_compiled():
         words = compiler.command(
             name,

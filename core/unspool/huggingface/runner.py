@@ -63,12 +63,15 @@ class HuggingFaceRunner:
         compiled: use what has been compiled for this machine, such as the attention kernel, where it can be used.
         graphs: attend by FlexAttention, and run steps as CUDA graphs. It is for a GPU; elsewhere the same code runs
             uncompiled and unrecorded, which is slow, and good for tests.
+        remember: do not compare the model with itself again if it agreed before (`probe.py`).
 
     Raises:
         ModelError: it cannot be run packed, or does not then give what it gives by itself; with the reason.
     """
 
-    def __init__(self, model: PreTrainedModel, *, compiled: bool = True, graphs: bool = False) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, compiled: bool = True, graphs: bool = False, remember: bool = False
+    ) -> None:
         model.train(False)
         self._model = model
         self._device = model.device
@@ -93,8 +96,8 @@ class HuggingFaceRunner:
             """Compiles the model when it has computed for long enough, if that is wanted and was not done before."""
             self._flex = graphs and self._can_flex()
             self._kernel = compiled and not self._flex and self.can_compile and kernel.available()
-            probe.compare(self, model)
             self._digest = _digest(model)
+            (probe.compare_once if remember else probe.compare)(self, model)
             self._free()
         except Exception as error:
             model.set_attn_implementation(own)
