@@ -166,7 +166,7 @@ def test_products_are_right_and_each_row_is_its_own(integers: bool, depth: int, 
         weight = torch.randint(-127, 128, (width, depth), generator=random, dtype=torch.int8)
         scale = torch.rand(width, generator=random) / 127
     laid = torch.ops.unspool.lay_out(weight)
-    for count in (*range(1, 20), 32, 33, 64, 67, 130, 200):
+    for count in (*range(1, 20), 32, 33, 64, 67, 130, 200, 601):
         torch.set_num_threads(1 + count % 3)
         rows = torch.randn(count, depth, generator=random).bfloat16()
         exact = rows.double() @ (weight.double() * (1 if scale is None else scale.double()[:, None])).T

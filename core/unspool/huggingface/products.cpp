@@ -52,7 +52,8 @@ constexpr int64_t MOST = 32;              // rows whose sums tiles hold
 constexpr int64_t STRIDE = 8;             // numbers of a row that are multiplied in a round
 constexpr int64_t LINE = 64;              // bytes that memory gives at once
 constexpr int64_t AHEAD = 6144;           // bytes
-constexpr int64_t APART = 2;              // times as many for each thread, from which on each has rows of its own
+constexpr int64_t APART = 2;              // times as many for each thread, from which on each has rows of its own,
+constexpr int64_t TILES_APART = 8;        // or with tiles, which need weights turned for each thread
 constexpr int64_t RARE = 16;              // places of a row for each stray that a group may have
 
 // How weights of a group are read: `AT_ONCE` pairs of each column together, from a *block*.
@@ -409,9 +410,9 @@ struct Some {
 // there are too few units for all threads.
 template <typename Make>
 void share_out(int64_t count, int64_t units, Make make) {
-  const int64_t tall = in_tiles() ? MOST : TALL;
+  const int64_t tall = in_tiles() ? MOST : TALL, apart = in_tiles() ? TILES_APART : APART;
   const int64_t threads = at::get_num_threads(), fair = 4 * threads, most = (count + tall - 1) / tall;
-  const int64_t shares = count >= APART * tall * threads ? threads
+  const int64_t shares = count >= apart * tall * threads ? threads
                          : units >= fair                 ? 1
                                                          : std::min(most, (fair + units - 1) / units);
   each<Hands>(units * shares, [&](int64_t task, Hands& hands) {
