@@ -242,6 +242,20 @@ def test_a_gated_product_is_silu_of_the_one_times_the_other_and_each_row_is_its_
         torch.ops.unspool.project_gated(rows, laid, scales, None, width - 1)
 
 
+def test_a_gate_is_open_by_silu_of_any_number() -> None:
+    if not kernel.multiplies():
+        pytest.skip("the processor does not multiply bfloat16")
+    values = torch.cat([torch.linspace(-100, 100, 4001), torch.logspace(-30, 2, 500), -torch.logspace(-30, 2, 500)])
+    rows = torch.nn.functional.pad(values.bfloat16()[:, None], (0, 7))
+    weight, bias = torch.zeros(64, 8), torch.zeros(64)
+    weight[:32, 0], bias[32:] = 1, 1
+    laid = torch.ops.unspool.lay_out(weight.bfloat16())
+    found = torch.ops.unspool.project_gated(rows, laid, None, bias.bfloat16(), 32)
+    expected = torch.nn.functional.silu(rows[:, :1].double()).expand(-1, 32)
+    # What is next to the least normal number may become zero.
+    torch.testing.assert_close(found.double(), expected, rtol=1.05 * 2**-8, atol=1e-34)
+
+
 def test_weights_that_cannot_be_laid_out_and_products_that_do_not_fit_are_refused() -> None:
     if not kernel.multiplies():
         pytest.skip("the processor does not multiply bfloat16")

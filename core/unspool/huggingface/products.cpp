@@ -248,9 +248,10 @@ struct Finish {
   }
 };
 
-// Write down what is wanted of a vector.
+// Write down what is wanted of a vector. (To store what a mask says takes longer, even if it says all.)
 inline void write_down(Vector sum, int64_t wanted, at::BFloat16* to) {
-  const __mmask16 some = (1u << std::min<int64_t>(W, wanted)) - 1;
+  if (wanted >= W) return Element<at::BFloat16>::store(to, sum);
+  const __mmask16 some = (1u << wanted) - 1;
   _mm256_mask_storeu_epi16(to, some, reinterpret_cast<__m256i>(halved(sum)));
 }
 
@@ -464,11 +465,18 @@ void multiply(const Product& product, at::BFloat16* to, int64_t width) {
   });
 }
 
-// x / (1 + exp(-x)).
+// x / (1 + exp(-x)), to within a ten-thousandth: a fortieth of what is lost when it is rounded.
 inline Vector silu(Vector x) {
-  const Vector power = exponential(x < Vector{} ? x : -x), divisor = power + 1.0f;  // from 1 to 2
-  const auto near = reinterpret_cast<Vector>(_mm512_rcp14_ps(reinterpret_cast<__m512>(divisor)));
-  return x * (x < Vector{} ? power : Vector{} + 1.0f) * (near * (2.0f - divisor * near));  // a step of Newton's
+  auto wide = [](Vector v) { return reinterpret_cast<__m512>(v); };
+  const __m512 log = _mm512_max_ps(_mm512_set1_ps(-126.0f), wide(x * -1.44269504088896341f));  // of exp(-x), by 2
+  const __m512 whole = _mm512_roundscale_ps(log, _MM_FROUND_TO_NEAREST_INT);
+  const Vector r = reinterpret_cast<Vector>(log) - reinterpret_cast<Vector>(whole);
+  Vector y = r * 9.618129e-3f + 5.550411e-2f;  // the first powers of log(2), over factorials: 2 to the power of r
+  y = y * r + 2.4022651e-1f;
+  y = y * r + 6.9314718e-1f;
+  y = y * r + 1.0f;
+  const Vector power = reinterpret_cast<Vector>(_mm512_scalef_ps(wide(y), whole));
+  return x * reinterpret_cast<Vector>(_mm512_rcp14_ps(wide(power + 1.0f)));
 }
 
 // Groups by turns: of a gate, and of what it lets through.
