@@ -245,7 +245,8 @@ def test_a_gated_product_is_silu_of_the_one_times_the_other_and_each_row_is_its_
 def test_a_gate_is_open_by_silu_of_any_number() -> None:
     if not kernel.multiplies():
         pytest.skip("the processor does not multiply bfloat16")
-    values = torch.cat([torch.linspace(-100, 100, 4001), torch.logspace(-30, 2, 500), -torch.logspace(-30, 2, 500)])
+    small = torch.logspace(-30, 2, 500)
+    values = torch.cat([torch.linspace(-100, 100, 4001), small, -small, torch.tensor([-3e38, -1e4, 1e4, 3e38])])
     rows = torch.nn.functional.pad(values.bfloat16()[:, None], (0, 7))
     weight, bias = torch.zeros(64, 8), torch.zeros(64)
     weight[:32, 0], bias[32:] = 1, 1

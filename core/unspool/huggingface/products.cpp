@@ -468,7 +468,9 @@ void multiply(const Product& product, at::BFloat16* to, int64_t width) {
 // x / (1 + exp(-x)), to within a ten-thousandth: a fortieth of what is lost when it is rounded.
 inline Vector silu(Vector x) {
   auto wide = [](Vector v) { return reinterpret_cast<__m512>(v); };
-  const __m512 log = _mm512_max_ps(_mm512_set1_ps(-126.0f), wide(x * -1.44269504088896341f));  // of exp(-x), by 2
+  // The logarithm of exp(-x) to the base of 2, or what gives as little; NaN stays.
+  const __m512 some = _mm512_max_ps(_mm512_set1_ps(-126.0f), wide(x * -1.44269504088896341f));
+  const __m512 log = _mm512_min_ps(_mm512_set1_ps(256.0f), some);
   const __m512 whole = _mm512_roundscale_ps(log, _MM_FROUND_TO_NEAREST_INT);
   const Vector r = reinterpret_cast<Vector>(log) - reinterpret_cast<Vector>(whole);
   Vector y = r * 9.618129e-3f + 5.550411e-2f;  // the first powers of log(2), over factorials: 2 to the power of r
