@@ -13,11 +13,13 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <limits>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace {
+
+constexpr uintptr_t APART = 4096;  // bytes between two pieces of memory that are taken for one, at most
 
 #if defined(__linux__)
 constexpr uintptr_t LARGE = 2 << 20;  // bytes
@@ -38,13 +40,20 @@ void put_into_large_pages(uintptr_t, uintptr_t) {}
 
 struct Pass : torch::CustomClassHolder {
   explicit Pass(std::string library) : runner(library, 1) {
-    uintptr_t begin = std::numeric_limits<uintptr_t>::max(), end = 0;  // of its constants: they lie in one piece
+    using Piece = std::pair<uintptr_t, uintptr_t>;  // of memory: where it begins and ends
+    std::vector<Piece> pieces;
     for (const auto& [name, constant] : runner.extract_constants_map(false)) {
+      if (!constant.has_storage()) continue;  // it is laid out for oneDNN
       const auto at = reinterpret_cast<uintptr_t>(constant.const_data_ptr());
-      begin = std::min(begin, at);
-      end = std::max(end, at + constant.nbytes());
+      pieces.emplace_back(at, at + constant.nbytes());
     }
-    put_into_large_pages(begin, end);
+    std::sort(pieces.begin(), pieces.end());
+    for (size_t next = 0; next < pieces.size();) {  // most lie one behind the other
+      Piece whole = pieces[next++];
+      while (next < pieces.size() && pieces[next].first <= whole.second + APART)
+        whole.second = std::max(whole.second, pieces[next++].second);
+      put_into_large_pages(whole.first, whole.second);
+    }
   }
 
   std::vector<at::Tensor> run(std::vector<at::Tensor> inputs) { return runner.run(inputs); }
