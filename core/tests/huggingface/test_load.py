@@ -392,7 +392,6 @@ def test_a_model_that_disagrees_with_itself_is_asked_each_time(
         with pytest.raises(ModelError, match="packed, its logits differ"):
             load(str(folder), device="cpu")
     assert len(compared) == 2
-    monkeypatch.undo()
 
 
 def test_what_cannot_be_kept_is_asked_each_time(folder: Path, compared: list[str], tmp_path: Path) -> None:
