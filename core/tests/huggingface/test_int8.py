@@ -51,6 +51,16 @@ def test_a_quantized_model_runs_packed_as_by_itself_and_stays_near_the_exact_one
     torch.testing.assert_close(model(ids, use_cache=False).logits.float(), near, rtol=1e-3, atol=1e-3)
 
 
+def test_the_digest_names_integer_weights_too() -> None:
+    digests = []
+    for sign in (1, 1, -1):
+        model = tiny_model("llama", torch.float32)
+        model.get_parameter("model.layers.0.mlp.down_proj.weight").data *= sign
+        quantize(model)
+        digests.append(HuggingFaceRunner(model).digest)
+    assert digests[0] == digests[1] != digests[2]
+
+
 def test_int8_on_a_gpu_is_refused_with_what_to_take(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(InputError, match="int8 is for a CPU, not cuda: take torchao-int8"):

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Protocol
 
 import numpy as np
@@ -336,7 +337,7 @@ def _digest(model: PreTrainedModel) -> str:
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     samples = []
     with torch.inference_mode():
-        for name, weight in model.named_parameters():
+        for name, weight in chain(model.named_parameters(), model.named_buffers()):  # which integer weights are
             digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
             for part in _parts(weight):
                 flat = part.detach().reshape(-1)
