@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -34,3 +35,13 @@ def test_what_a_killed_process_left_goes_after_a_day_and_what_another_makes_now_
         assert now.is_dir()
         assert whole.is_dir()
         assert not left.exists()
+
+
+def test_drafts_may_be_made_by_many_at_once(tmp_path: Path) -> None:
+    def make(_: int) -> None:
+        with cache.draft(tmp_path) as place:
+            assert place.is_dir()
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(make, range(800)))
+    assert not list(tmp_path.iterdir())

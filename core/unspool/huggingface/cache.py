@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _DRAFT = "draft-"
@@ -30,8 +30,9 @@ def draft(place: Path) -> Iterator[Path]:
     """
     place.mkdir(parents=True, exist_ok=True)
     for left in place.glob(f"{_DRAFT}*"):
-        if time.time() - left.stat().st_mtime > _STALE_S:
-            shutil.rmtree(left, ignore_errors=True)
+        with suppress(FileNotFoundError):  # whoever made it has just removed it
+            if time.time() - left.stat().st_mtime > _STALE_S:
+                shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=place, prefix=_DRAFT, ignore_cleanup_errors=True) as path:
         yield Path(path)
 

@@ -66,14 +66,22 @@ def converted(file: Path) -> Path:
         model.mkdir()
         _log.info("converting %s (once)", file.name)
         _convert(file, model)
-        if not _whole(place):  # else another process was quicker
-            if place.exists():
-                place.rename(draft / "broken")
+        if not _moved(model, place) and not _whole(place):  # else another process was quicker
             with contextlib.suppress(OSError):
-                model.rename(place)
+                place.rename(draft / "broken")
+            _moved(model, place)
     if not _whole(place):
         raise ModelError(f"{file} could not be converted into {place.parent}")
     return place
+
+
+def _moved(folder: Path, place: Path) -> bool:
+    """Move a folder to its place, unless one is there; say whether that was done."""
+    try:
+        folder.rename(place)
+    except OSError:
+        return False
+    return True
 
 
 def _cache() -> Path:
