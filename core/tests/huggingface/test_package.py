@@ -101,11 +101,11 @@ def test_packages_give_what_the_models_own_code_gives(gemma: HuggingFaceRunner) 
             torch.testing.assert_close(compiled.hidden[number], states, rtol=1e-3, atol=1e-4)
 
 
-def test_cosines_of_places_are_computed_once_a_pass_and_not_in_each_layer(gemma: HuggingFaceRunner) -> None:
+def test_cosines_of_places_are_computed_once_a_pass_and_no_loop_rotates(gemma: HuggingFaceRunner) -> None:
     for kind in KINDS:
         loops = set(re.findall(rb"cpp_fused_\w+", (gemma.subject.path(kind) / "pass.so").read_bytes()))
-        assert any(b"_cos_" in loop for loop in loops)
-        assert not any(b"_cos_" in loop and b"_attend_" in loop for loop in loops)
+        assert len([loop for loop in loops if b"_cos_" in loop]) == 1
+        assert not any(b"_neg_" in loop for loop in loops)
 
 
 def test_passes_of_the_first_layers_are_left_to_the_models_own_code(gemma: HuggingFaceRunner) -> None:

@@ -4,7 +4,11 @@
 // same context, a list of stretches of consecutive slots. A row sees the places `low <= place < high` of its part's
 // context, and where the part has a mask, those of them that the mask allows. A token may be a row of several parts
 // (a prefix that many share, then its own): each part, and each piece of a long part, gives a maximum, a sum and a
-// weighted sum of values, and the pieces of a token are merged by log-sum-exp at the end.
+// weighted sum of values, and the pieces of a token are merged by log-sum-exp at the end. What a token has one piece of is
+// written out at once.
+//
+// Queries and keys may come before their rotary positions (Su et al. 2021, https://arxiv.org/abs/2104.09864), with the
+// cosines and sines of these, and are rotated as they are read.
 //
 // All sums are float32, whatever the pool's dtype. Few rows are scored by dot products; for many rows a block of keys is
 // laid out once, transposed, and both products run in register tiles. Where the processor multiplies pairs of bfloat16
@@ -137,7 +141,37 @@ struct Part {
 };
 
 struct Item {  // some rows of a part, over a piece of its context, for one head of keys
-  int64_t part, head, first, last, begin, end, scratch;
+  int64_t part, head, first, last, begin, end;
+  int64_t scratch;  // where its results are kept until all pieces of its tokens are there; `ALONE`: there are no others
+};
+constexpr int64_t ALONE = -1;
+
+// The cosines and sines, [tokens][turned], by which queries and keys are to be rotated, or nothing. They may be for the
+// first numbers of a head only.
+template <typename T>
+struct Rotation {
+  const T *cosines = nullptr, *sines = nullptr;
+  int64_t turned = 0;
+
+  // Write down the row of a token: rotated if it is to be.
+  void keep(const T* row, int64_t width, int64_t token, T* to) const {
+    std::memcpy(static_cast<void*>(to + turned), row + turned, (width - turned) * sizeof(T));
+    const int64_t half = turned / 2;
+    const T *cosine = cosines + token * turned, *sine = sines + token * turned;
+    int64_t d = 0;
+    for (; d + W <= half; d += W) {
+      const Vector one = Element<T>::load(row + d), other = Element<T>::load(row + half + d);
+      auto at = [](const T* from) { return Element<T>::load(from); };
+      Element<T>::store(to + d, one * at(cosine + d) - other * at(sine + d));
+      Element<T>::store(to + half + d, other * at(cosine + half + d) + one * at(sine + half + d));
+    }
+    for (; d < half; ++d) {
+      const float one = Element<T>::one(row + d), other = Element<T>::one(row + half + d);
+      auto at = [](const T* from) { return Element<T>::one(from); };
+      to[d] = Element<T>::rounded(one * at(cosine + d) - other * at(sine + d));
+      to[half + d] = Element<T>::rounded(other * at(cosine + half + d) + one * at(sine + half + d));
+    }
+  }
 };
 
 struct Block {  // consecutive slots, at a place of the context
@@ -170,13 +204,25 @@ class Blocks {
   int64_t place_, stretch_ = 0, at_ = 0;  // `at_`: the place of the stretch's first slot
 };
 
+// Weights as they are, in place of the scores.
+struct Plain {
+  static constexpr int AT_ONCE = 1;       // vectors
+  static constexpr float UNIT = 1.0f;     // of the exponents
+  float* to;
+
+  static Vector of(Vector exponent) { return exponential(exponent); }
+  void keep(int64_t at, const Vector* weight) const { Element<float>::store(to + at, *weight); }
+};
+
 struct Shape {
   int64_t heads, kv_heads, group, width, value_width;
   float scaling, softcap;  // softcap 0: none
 };
 
+template <typename T>
 struct Buffers {
-  std::vector<float> query, scores, keys, values;
+  std::vector<T> row;
+  std::vector<float> query, scores, keys, values, results;
   std::vector<at::BFloat16> halves, weights;
   std::vector<int32_t> pairs, value_pairs;
 };
@@ -210,11 +256,12 @@ struct Seen {
 // Turn scores of rows with a block of keys into weights, exp(score - greatest), and what was summed up before to the
 // new greatest. A score that is not a number makes its weight and with it all sums of its row so. Scores are to be
 // multiplied by `scale` first. N rows are looked at together.
-template <int N>
+template <int N, typename Weights>
 inline void weigh(const Part& part, const Item& item, const Shape& shape, const Block& block, float scale,
-                  float* scores, float* weighted, float* sum, float* most) {
+                  float* scores, float* weighted, float* sum, float* most, const Weights& weights) {
+  constexpr int V = Weights::AT_ONCE;
   const int64_t rows = (item.last - item.first) * shape.group, width = shape.value_width;
-  const int64_t reach = up_to(block.count, W);
+  const int64_t reach = up_to(block.count, V * W);
   for (int64_t begin = 0, t = item.first, g = 0; begin < rows; begin += N) {
     const int64_t here = std::min<int64_t>(N, rows - begin);
     Vector best[N], total[N] = {}, before = all(NONE), sum_before{};
@@ -227,7 +274,7 @@ inline void weigh(const Part& part, const Item& item, const Shape& shape, const 
           line[j] = shape.softcap / scale * std::tanh(line[j] * scale / shape.softcap);
       seen.mask(line);
       for (int64_t j = 0; j < reach; j += W) {
-        const Vector v = *reinterpret_cast<Loose*>(line + j) * scale;
+        const Vector v = Element<float>::load(line + j) * scale;
         best[i] = v > best[i] ? v : best[i];
       }
       if (++g == shape.group && ++t < item.last) {
@@ -242,14 +289,16 @@ inline void weigh(const Part& part, const Item& item, const Shape& shape, const 
     const Vector shrink = exponential(before - from);
     for (int64_t i = 0; i < here; ++i) {
       float* line = scores + (begin + i) * BLOCK;
-      const Vector own = all(from[i]);
-      for (int64_t j = 0; j < reach; j += W) {
-        Loose* v = reinterpret_cast<Loose*>(line + j);
-        const Vector weight = exponential(*v * scale - own);
-        *v = weight;
-        total[i] += weight;
+      const Vector own = all(from[i] * Weights::UNIT);
+      for (int64_t j = 0; j < reach; j += V * W) {
+        Vector weight[V];
+        for (int v = 0; v < V; ++v) {
+          weight[v] = Weights::of(Element<float>::load(line + j + v * W) * (scale * Weights::UNIT) - own);
+          total[i] += weight[v];
+        }
+        weights.keep((begin + i) * BLOCK + j, weight);
       }
-      if (shrink[i] != 1.0f)
+      if (shrink[i] != 1.0f && before[i] != NONE)
         for (int64_t e = 0; e < width; ++e) weighted[(begin + i) * width + e] *= shrink[i];
     }
     const Vector sum_now = sum_before * shrink + sums<N>(total);
@@ -266,9 +315,27 @@ struct Upcoming {
   Block block;
 };
 
+// Divide weighted values by the sum of their weights.
+template <typename T>
+inline void divide(const float* weighted, float sum, int64_t width, T* to) {
+  const float share = 1.0f / sum;
+  int64_t e = 0;
+  for (; e + W <= width; e += W) Element<T>::store(to + e, Element<float>::load(weighted + e) * share);
+  for (; e < width; ++e) to[e] = Element<T>::rounded(weighted[e] * share);
+}
+
+// Write out the weighted values of an item, whose tokens have no other.
+template <typename T>
+void write_out(const Item& item, const Part& part, const Shape& shape, const float* weighted, const float* sums, T* output) {
+  const int64_t E = shape.value_width;
+  for (int64_t t = item.first, r = 0; t < item.last; ++t)
+    for (int64_t g = 0; g < shape.group; ++g, ++r)
+      divide(weighted + r * E, sums[r], E, output + (part.rows[3 * t] * shape.heads + item.head * shape.group + g) * E);
+}
+
 template <typename T, typename P>
-void run(const Item& item, const Part& part, const Shape& shape, const at::Tensor& query, const P* keys,
-         const P* values, const Upcoming<P>& upcoming, Buffers& buffers, float* output) {
+void run(const Item& item, const Part& part, const Shape& shape, const at::Tensor& query, const Rotation<T>& rotation,
+         const P* keys, const P* values, const Upcoming<P>& upcoming, Buffers<T>& buffers, float* scratch, T* output) {
   const int64_t tokens = item.last - item.first, rows = tokens * shape.group;
   const int64_t D = shape.width, E = shape.value_width;
   const bool few = rows < 8;
@@ -284,28 +351,33 @@ void run(const Item& item, const Part& part, const Shape& shape, const at::Tenso
     buffers.value_pairs.resize(BLOCK / 2 * E);
   }
   Tiles tiles;
+  buffers.row.resize(D);
   buffers.query.resize(rows * D);
   buffers.scores.resize(rows * BLOCK);
   buffers.keys.resize(D * BLOCK);
   buffers.values.resize(BLOCK * E);
+  if (!scratch) buffers.results.resize(rows * (E + 2));
   float* q = buffers.query.data();
   float* scores = buffers.scores.data();
   const T* source = query.const_data_ptr<T>();
   for (int64_t t = 0; t < tokens; ++t) {
-    const int64_t* row = part.rows + (item.first + t) * 3;
+    const int64_t token = part.rows[(item.first + t) * 3];
     for (int64_t g = 0; g < shape.group; ++g) {
-      const T* from = source + (item.head * shape.group + g) * query.stride(1) + row[0] * query.stride(2);
+      const T* from = source + (item.head * shape.group + g) * query.stride(1) + token * query.stride(2);
       const int64_t r = t * shape.group + g;
-      if (by_pairs)
-        std::memcpy(static_cast<void*>(buffers.halves.data() + r * D), from, D * sizeof(T));
-      else
-        for (int64_t d = 0; d < D; ++d) q[r * D + d] = Element<T>::one(from + d) * shape.scaling;
+      if (by_pairs) {
+        if constexpr (halves) rotation.keep(from, D, token, buffers.halves.data() + r * D);
+      } else {
+        rotation.keep(from, D, token, buffers.row.data());
+        for (int64_t d = 0; d < D; ++d) q[r * D + d] = Element<T>::one(buffers.row.data() + d) * shape.scaling;
+      }
     }
   }
-  float* weighted = output;  // [rows][E], then sums [rows], then maxima [rows]
-  float* sums = output + rows * E;
+  float* weighted = scratch ? scratch : buffers.results.data();  // [rows][E], then sums [rows], then maxima [rows]
+  float* sums = weighted + rows * E;
   float* most = sums + rows;
-  std::fill(output, output + rows * (E + 1), 0.0f);
+  if (!by_tiles) std::fill(weighted, sums, 0.0f);
+  std::fill(sums, most, 0.0f);
   std::fill(most, most + rows, NONE);
   Blocks blocks(part, item);
   for (Block block = blocks.next(), then; block.count; block = then) {
@@ -341,18 +413,20 @@ void run(const Item& item, const Part& part, const Shape& shape, const at::Tenso
       std::fill(scores, scores + rows * BLOCK, 0.0f);
       multiply<float>(q, D, turned, BLOCK, scores, BLOCK, rows, BLOCK, D);
     }
-    const float scale = by_tiles ? shape.scaling : 1.0f;
-    if (few)
-      weigh<FEW>(part, item, shape, block, scale, scores, weighted, sums, most);
-    else
-      weigh<W>(part, item, shape, block, scale, scores, weighted, sums, most);
     if (by_tiles) {
       if constexpr (halves) {
-        split(scores, rows, count, buffers.weights.data());
+        const Split split(buffers.weights.data(), rows);
+        weigh<W>(part, item, shape, block, shape.scaling, scores, weighted, sums, most, split);
         pair_up(value, E, count, next_values, buffers.value_pairs.data());
-        tiles.add(buffers.weights.data(), rows, buffers.value_pairs.data(), count, E, weighted);
+        tiles.add(buffers.weights.data(), rows, buffers.value_pairs.data(), count, E, block.place == item.begin, weighted);
       }
-    } else if (rows <= DIRECT || sizeof(P) == sizeof(float)) {
+      continue;
+    }
+    if (few)
+      weigh<FEW>(part, item, shape, block, 1.0f, scores, weighted, sums, most, Plain{scores});
+    else
+      weigh<W>(part, item, shape, block, 1.0f, scores, weighted, sums, most, Plain{scores});
+    if (rows <= DIRECT || sizeof(P) == sizeof(float)) {
       multiply<P>(scores, BLOCK, value, E, weighted, E, rows, E, count, &next_values);
     } else {
       float* wide = buffers.values.data();
@@ -365,6 +439,7 @@ void run(const Item& item, const Part& part, const Shape& shape, const at::Tenso
       multiply<float>(scores, BLOCK, wide, E, weighted, E, rows, E, count);
     }
   }
+  if (!scratch) write_out(item, part, shape, weighted, sums, output);
 }
 
 // The pieces of each token: the item that has it for the first head of keys, and its row there.
@@ -384,9 +459,18 @@ struct Pieces {
     all.resize(begin.back());
     each([&](int64_t token, auto piece) { all[begin[token + 1]++] = piece; });  // which moves each begin to its place
   }
+
+  // Whether the tokens of an item have no other.
+  bool alone(const Part& part, const Item& item) const {
+    for (int64_t t = item.first; t < item.last; ++t) {
+      const int64_t token = part.rows[3 * t];
+      if (begin[token + 1] - begin[token] > 1) return false;
+    }
+    return true;
+  }
 };
 
-// Merge the pieces of each token and head, and write them out.
+// Merge the pieces of each token that has several, or sinks, and each head, and write them out.
 template <typename T>
 void finish(const Pieces& pieces, const std::vector<Item>& items, const Shape& shape, const float* scratch,
             const float* sinks, int64_t tokens, T* output) {
@@ -396,22 +480,17 @@ void finish(const Pieces& pieces, const std::vector<Item>& items, const Shape& s
     for (int64_t token = begin; token < end; ++token) {
       const auto* first = pieces.all.data() + pieces.begin[token];
       const auto* last = pieces.all.data() + pieces.begin[token + 1];
+      if (first < last && items[first->first].scratch == ALONE) continue;
       for (int64_t head = 0; head < shape.heads; ++head) {
         const int64_t g = head % shape.group;
         float most = sinks ? sinks[head] : NONE, total = sinks ? 1.0f : 0.0f;
-        const float* sums = merged.data();
-        if (last - first != 1 || sinks) std::fill(merged.begin(), merged.end(), 0.0f);
+        std::fill(merged.begin(), merged.end(), 0.0f);
         for (const auto* piece = first; piece < last; ++piece) {
           const Item& item = items[piece->first + head / shape.group];
           const int64_t rows = (item.last - item.first) * shape.group, r = piece->second * shape.group + g;
           const float* found = scratch + item.scratch;
           const float top = found[rows * (E + 1) + r];
           const float sum = found[rows * E + r];
-          if (last - first == 1 && !sinks) {  // nothing to merge
-            sums = found + r * E;
-            total = sum;
-            continue;
-          }
           if (sum == 0) continue;
           const float best = std::max(most, top);
           const float old = most == NONE ? 0.0f : std::exp(most - best), now = std::exp(top - best);
@@ -419,10 +498,7 @@ void finish(const Pieces& pieces, const std::vector<Item>& items, const Shape& s
           for (int64_t e = 0; e < E; ++e) merged[e] = merged[e] * old + found[r * E + e] * now;
           most = best;
         }
-        T* to = output + (token * shape.heads + head) * E;
-        int64_t e = 0;
-        for (; e + W <= E; e += W) Element<T>::store(to + e, *reinterpret_cast<const Loose*>(sums + e) / total);
-        for (; e < E; ++e) to[e] = Element<T>::rounded(sums[e] / total);
+        divide(merged.data(), total, E, output + (token * shape.heads + head) * E);
       }
     }
   });
@@ -438,8 +514,8 @@ void keep(const T* from, int64_t count, P* to) {
 
 template <typename T, typename P>
 void attend_as(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, at::Tensor& keys,
-               at::Tensor& values, const at::Tensor& table, const at::Tensor& mask, const float* sinks, Shape shape,
-               at::Tensor& output) {
+               at::Tensor& values, const at::Tensor& table, const at::Tensor& mask, const float* sinks,
+               const Rotation<T>& rotation, const Shape& shape, at::Tensor& output) {
   const int64_t* head = table.const_data_ptr<int64_t>();
   const int64_t part_count = head[0];
   const int64_t *parts_at = head + head[1], *rows_at = head + head[2], *stretches_at = head + head[3];
@@ -448,13 +524,19 @@ void attend_as(const at::Tensor& query, const at::Tensor& key, const at::Tensor&
   P* pool_keys = keys.data_ptr<P>();
   P* pool_values = values.data_ptr<P>();
   at::parallel_for(0, shape.kv_heads * n, 128, [&](int64_t begin, int64_t end) {
+    std::vector<T> row(D);
     for (int64_t at = begin; at < end; ++at) {
-      const int64_t h = at / n, i = at % n;
+      const int64_t h = at % shape.kv_heads, i = at / shape.kv_heads;
       const T* k = key.const_data_ptr<T>() + h * key.stride(1) + i * key.stride(2);
       const T* v = value.const_data_ptr<T>() + h * value.stride(1) + i * value.stride(2);
       P* kept_key = pool_keys + (h * S + slots[i]) * D;
       P* kept_value = pool_values + (h * S + slots[i]) * E;
-      keep(k, D, kept_key);
+      if constexpr (std::is_same_v<T, P>) {
+        rotation.keep(k, D, i, kept_key);
+      } else {
+        rotation.keep(k, D, i, row.data());
+        keep(row.data(), D, kept_key);
+      }
       keep(v, E, kept_value);
     }
   });
@@ -469,7 +551,6 @@ void attend_as(const at::Tensor& query, const at::Tensor& key, const at::Tensor&
   const int64_t threads = at::get_num_threads();
   const int64_t tall = std::max<int64_t>(1, TILE / shape.group);
   std::vector<Item> items;
-  int64_t scratch = 0;
   for (int64_t p = 0; p < part_count; ++p) {
     const Part& part = parts[p];
     for (int64_t first = 0; first < part.count; first += tall) {
@@ -482,12 +563,17 @@ void attend_as(const at::Tensor& query, const at::Tensor& key, const at::Tensor&
       const int64_t fair = threads > 1 ? work / (threads * 4) / (last - first) : high;
       const int64_t piece = std::max<int64_t>(256, fair / BLOCK * BLOCK);
       for (int64_t begin = low; begin < high; begin += piece) {
-        for (int64_t h = 0; h < shape.kv_heads; ++h) {
-          items.push_back({p, h, first, last, begin, std::min(high, begin + piece), scratch});
-          scratch += (last - first) * shape.group * (E + 2);
-        }
+        for (int64_t h = 0; h < shape.kv_heads; ++h)
+          items.push_back({p, h, first, last, begin, std::min(high, begin + piece), ALONE});
       }
     }
+  }
+  const Pieces pieces(parts, items, shape.kv_heads, n);
+  int64_t scratch = 0;
+  for (Item& item : items) {
+    if (!sinks && pieces.alone(parts[item.part], item)) continue;
+    item.scratch = scratch;
+    scratch += (item.last - item.first) * shape.group * (E + 2);
   }
   // The longest first, so that no thread is left with one at the end.
   std::vector<size_t> order(items.size());
@@ -499,7 +585,7 @@ void attend_as(const at::Tensor& query, const at::Tensor& key, const at::Tensor&
   float* results = found.data();
   std::atomic<size_t> next{0};
   at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    static thread_local Buffers buffers;
+    static thread_local Buffers<T> buffers;
     for (size_t turn = next.fetch_add(1), then; turn < items.size(); turn = then) {
       then = next.fetch_add(1);
       Upcoming<P> upcoming{pool_keys, pool_values, {}};
@@ -509,16 +595,18 @@ void attend_as(const at::Tensor& query, const at::Tensor& key, const at::Tensor&
                     Blocks(parts[item.part], item).next()};
       }
       const Item& item = items[order[turn]];
-      run<T, P>(item, parts[item.part], shape, query, pool_keys + item.head * S * D, pool_values + item.head * S * E,
-                upcoming, buffers, results + item.scratch);
+      run<T, P>(item, parts[item.part], shape, query, rotation, pool_keys + item.head * S * D,
+                pool_values + item.head * S * E, upcoming, buffers, item.scratch == ALONE ? nullptr : results + item.scratch,
+                output.data_ptr<T>());
     }
   });
-  finish<T>(Pieces(parts, items, shape.kv_heads, n), items, shape, results, sinks, n, output.data_ptr<T>());
+  if (scratch) finish<T>(pieces, items, shape, results, sinks, n, output.data_ptr<T>());
 }
 
 at::Tensor attend(const at::Tensor& query_, const at::Tensor& key_, const at::Tensor& value_, at::Tensor keys,
                   at::Tensor values, const at::Tensor& table, const at::Tensor& mask,
-                  const std::optional<at::Tensor>& sinks, double scaling, double softcap) {
+                  const std::optional<at::Tensor>& sinks, const std::optional<at::Tensor>& cosines_,
+                  const std::optional<at::Tensor>& sines_, double scaling, double softcap) {
   auto plain = [](const at::Tensor& t) { return t.stride(3) == 1 ? t : t.contiguous(); };
   const at::Tensor query = plain(query_), key = plain(key_), value = plain(value_);
   const int64_t heads = query.size(1), kv_heads = keys.size(1);
@@ -531,12 +619,27 @@ at::Tensor attend(const at::Tensor& query_, const at::Tensor& key_, const at::Te
     sink.assign(wide.const_data_ptr<float>(), wide.const_data_ptr<float>() + heads);
   }
   const float* given = sinks ? sink.data() : nullptr;
+  auto rotations = [&](const std::optional<at::Tensor>& of) {
+    if (!of) return at::Tensor();
+    const int64_t turned = of->size(-1);
+    TORCH_CHECK(of->scalar_type() == query.scalar_type() && of->numel() == query.size(2) * turned && turned % 2 == 0 &&
+                    turned <= shape.width,
+                "unspool::attend takes cosines and sines of the queries' dtype for each token, an even number of at most ",
+                shape.width);
+    return of->contiguous();
+  };
+  const at::Tensor cosines = rotations(cosines_), sines = rotations(sines_);
+  TORCH_CHECK(cosines_.has_value() == sines_.has_value() && (!cosines_ || cosines.sizes() == sines.sizes()),
+              "unspool::attend takes as many sines as cosines");
   auto with = [&](auto pool) {
     using P = decltype(pool);
-    if (query.scalar_type() == keys.scalar_type())
-      attend_as<P, P>(query, key, value, keys, values, table, mask, given, shape, output);
-    else
-      attend_as<float, P>(query, key, value, keys, values, table, mask, given, shape, output);
+    auto as = [&](auto own) {
+      using T = decltype(own);
+      Rotation<T> rotation;
+      if (cosines_) rotation = {cosines.const_data_ptr<T>(), sines.const_data_ptr<T>(), cosines.size(-1)};
+      attend_as<T, P>(query, key, value, keys, values, table, mask, given, rotation, shape, output);
+    };
+    query.scalar_type() == keys.scalar_type() ? as(P{}) : as(float{});
   };
   TORCH_CHECK(query.scalar_type() == at::kFloat || query.scalar_type() == keys.scalar_type(),
               "unspool::attend takes queries of float32 or of the pool's dtype, not ", query.scalar_type());
@@ -549,7 +652,7 @@ at::Tensor attend(const at::Tensor& query_, const at::Tensor& key_, const at::Te
 TORCH_LIBRARY_FRAGMENT(unspool, library) {
   library.def(
       "attend(Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor table, Tensor mask, "
-      "Tensor? sinks, float scaling, float softcap) -> Tensor");
+      "Tensor? sinks, Tensor? cosines, Tensor? sines, float scaling, float softcap) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(unspool, CPU, library) { library.impl("attend", attend); }
@@ -557,13 +660,15 @@ TORCH_LIBRARY_IMPL(unspool, CPU, library) { library.impl("attend", attend); }
 // As packages call it.
 extern "C" AOTITorchError aoti_torch_cpu_attend(AtenTensorHandle query, AtenTensorHandle key, AtenTensorHandle value,
                                                 AtenTensorHandle keys, AtenTensorHandle values, AtenTensorHandle table,
-                                                AtenTensorHandle mask, AtenTensorHandle* sinks, double scaling,
+                                                AtenTensorHandle mask, AtenTensorHandle* sinks,
+                                                AtenTensorHandle* cosines, AtenTensorHandle* sines, double scaling,
                                                 double softcap, AtenTensorHandle* attended) {
   using namespace torch::aot_inductor;
   AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
     auto plain = [](AtenTensorHandle handle) { return resolve_tensor_dispatch_flags(handle); };
     *attended = new_tensor_handle(attend(plain(query), plain(key), plain(value), plain(keys), plain(values),
-                                         plain(table), plain(mask), resolve_tensor_dispatch_flags(sinks), scaling,
-                                         softcap));
+                                         plain(table), plain(mask), resolve_tensor_dispatch_flags(sinks),
+                                         resolve_tensor_dispatch_flags(cosines), resolve_tensor_dispatch_flags(sines),
+                                         scaling, softcap));
   });
 }

@@ -43,6 +43,7 @@ from unspool.huggingface.int8 import widen
 from unspool.huggingface.pool import Layer, Pool
 from unspool.huggingface.probe import allowed, difference
 from unspool.huggingface.projections import can_pack, join, multiplied_by_kernel, multiply_by_kernel
+from unspool.huggingface.rotations import leave_to_attention
 from unspool.huggingface.table import Table, TablePlan, attend_by_kernel
 from unspool.runner import Batch, Output, Span
 
@@ -259,8 +260,7 @@ def make(subject: Subject, kind: Kind) -> Path:
     select_algorithm.PRINT_AUTOTUNE = False
     try:
         with torch.no_grad(), cache.draft(made.parent) as draft:
-            inputs, dynamic = _example(subject, kind)
-            program = torch.export.export(_Pass(subject, dtype), inputs, dynamic_shapes=dynamic, strict=False)
+            program = export(subject, kind, dtype)
             archive, folder = draft / "package.pt2", draft / made.name
             options = {**_OPTIONS, "aot_inductor.custom_ops_to_c_shims": kernel.shims()}
             torch._inductor.aoti_compile_and_package(program, package_path=str(archive), inductor_configs=options)
@@ -272,6 +272,14 @@ def make(subject: Subject, kind: Kind) -> Path:
     except Exception as error:  # of any of three compilers
         raise ModelError(f"the model cannot be compiled: {type(error).__name__}: {error}") from error
     return made
+
+
+def export(subject: Subject, kind: Kind, dtype: torch.dtype) -> torch.export.ExportedProgram:
+    """Trace a pass as a graph of operators, which gives logits and states in a dtype. Attention rotates what it reads."""
+    inputs, dynamic = _example(subject, kind)
+    program = torch.export.export(_Pass(subject, dtype), inputs, dynamic_shapes=dynamic, strict=False)
+    leave_to_attention(program.graph)
+    return program
 
 
 def _keep_rotations(model: nn.Module) -> None:

@@ -127,15 +127,48 @@ inline void score_many(const at::BFloat16*, int64_t, int64_t, const int32_t*, in
 #endif
 
 #if defined(UNSPOOL_TILES)
-// Split the weights of rows with a block of keys: what is nearest to them, [rows][64], then what is left of them.
-inline void split(const float* weights, int64_t rows, int64_t count, at::BFloat16* halves) {
-  at::BFloat16* rests = halves + rows * BLOCK;
-  for (int64_t at = 0; at < rows * BLOCK; at += W) {
-    const Vector weight = at % BLOCK < count ? Element<float>::load(weights + at) : Vector{};
-    Element<at::BFloat16>::store(halves + at, weight);
-    Element<at::BFloat16>::store(rests + at, weight - Element<at::BFloat16>::load(halves + at));
+// Weights of rows with a block of keys, split: what is nearest to them, [rows][64], then what is left of them.
+class Split {
+ public:
+  static constexpr int AT_ONCE = 2;                      // vectors
+  static constexpr float UNIT = 1.44269504088896341f;    // of the exponents, which are those of 2
+
+  Split(at::BFloat16* halves, int64_t rows) : halves_(halves), rests_(halves + rows * BLOCK) {}
+
+  // 2 to the power of x <= 0 to within 2e-7, a fortieth of what a split weight leaves out; below -126 it is 0.
+  static Vector of(Vector x) {
+    const auto given = reinterpret_cast<__m512>(x);
+    const __mmask16 normal = _mm512_cmp_ps_mask(given, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);  // or no number
+    const __m512 whole = _mm512_roundscale_ps(given, _MM_FROUND_TO_NEAREST_INT);
+    const Vector r = x - reinterpret_cast<Vector>(whole);
+    Vector y = r * 1.3276379e-3f + 9.6755102e-3f;
+    y = y * r + 5.5507131e-2f;
+    y = y * r + 2.4022120e-1f;
+    y = y * r + 6.9314694e-1f;
+    y = y * r + 1.0f;
+    return reinterpret_cast<Vector>(_mm512_maskz_scalef_ps(normal, reinterpret_cast<__m512>(y), whole));
   }
-}
+
+  void keep(int64_t at, const Vector* weight) const {
+    const Vector first = nearest(weight[0]), second = nearest(weight[1]);
+    store(halves_ + at, first, second);
+    store(rests_ + at, weight[0] - first, weight[1] - second);
+  }
+
+ private:
+  // The nearest bfloat16 number; of what is no number, that or infinity.
+  static Vector nearest(Vector v) {
+    const __m512i bits = _mm512_add_epi32(reinterpret_cast<__m512i>(v), _mm512_set1_epi32(0x8000));
+    return reinterpret_cast<Vector>(_mm512_and_si512(bits, _mm512_set1_epi32(-0x10000)));
+  }
+
+  static void store(at::BFloat16* to, Vector first, Vector second) {
+    const auto both = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(second), reinterpret_cast<__m512>(first));
+    _mm512_storeu_si512(to, reinterpret_cast<__m512i>(both));
+  }
+
+  at::BFloat16 *halves_, *rests_;
+};
 
 // Lay a block of values out: `pairs[k][e]` is the pair of column e of the keys 2k and 2k + 1.
 inline void pair_up(const at::BFloat16* values, int64_t width, int64_t count, Ahead<at::BFloat16>& ahead,
@@ -163,24 +196,26 @@ class Tiles {
         tiles::clear();
         for (int64_t d = 0; d < width; d += tiles::DEEP) {
           const int32_t* columns = turned + d / 2 * BLOCK + j;
-          tiles::multiply(query + r * width + d, width, columns, columns + W, BLOCK * sizeof *columns, second);
+          tiles::take(columns, columns + W, BLOCK * sizeof *columns);
+          tiles::multiply(query + r * width + d, width, second);
         }
         tiles::keep(scores + r * BLOCK + j, BLOCK, second);
       }
     });
   }
 
-  // Add up values, laid out by `pair_up`, by weights that were split: [rows][width].
-  void add(const at::BFloat16* weights, int64_t rows, const int32_t* pairs, int64_t count, int64_t width,
+  // Add up values, laid out by `pair_up`, by weights that were split: [rows][width]. `first`: there is nothing yet.
+  void add(const at::BFloat16* weights, int64_t rows, const int32_t* pairs, int64_t count, int64_t width, bool first,
            float* weighted) {
     each(rows, [&](int64_t r, bool second) {
       for (int64_t e = 0; e < width; e += 2 * W) {
         float* sums = weighted + r * width + e;
-        tiles::resume(sums, width, second);
+        first ? tiles::clear() : tiles::resume(sums, width, second);
         for (int64_t k = 0; k < count; k += tiles::DEEP) {
           const int32_t* columns = pairs + k / 2 * width + e;
+          tiles::take(columns, columns + W, width * sizeof *columns);
           for (const at::BFloat16* part : {weights, weights + rows * BLOCK})
-            tiles::multiply(part + r * BLOCK + k, BLOCK, columns, columns + W, width * sizeof *columns, second);
+            tiles::multiply(part + r * BLOCK + k, BLOCK, second);
         }
         tiles::keep(sums, width, second);
       }
@@ -201,7 +236,13 @@ class Tiles {
   tiles::Shaped shaped_;
 };
 #else
-inline void split(const float*, int64_t, int64_t, at::BFloat16*) {}
+struct Split {
+  static constexpr int AT_ONCE = 2;
+  static constexpr float UNIT = 1.0f;
+  Split(at::BFloat16*, int64_t) {}
+  static Vector of(Vector x) { return x; }
+  void keep(int64_t, const Vector*) const {}
+};
 inline void pair_up(const at::BFloat16*, int64_t, int64_t, Ahead<at::BFloat16>&, int32_t*) {}
 
 struct Tiles {

@@ -376,7 +376,8 @@ void by_tiles(const at::BFloat16* rows, int64_t depth, const Group<Weights>& gro
     const at::BFloat16* x = whole ? rows + number * tiles::DEEP : rest;
     const char* weights = panel(number);
     tiles::written();
-    tiles::multiply(x, whole ? depth : tiles::DEEP, weights, weights + tiles::SIZE, tiles::BYTES, second);
+    tiles::take(weights, weights + tiles::SIZE, tiles::BYTES);
+    tiles::multiply(x, whole ? depth : tiles::DEEP, second);
   }
   alignas(64) float sums[2 * tiles::ROWS][COLUMNS];
   tiles::keep(*sums, COLUMNS, second);
@@ -392,10 +393,17 @@ struct Hands {
   tiles::Shaped shaped;
 
   // Room for all panels of one group, or of two at a time.
-  static char* room(int64_t depth, int which) {
-    thread_local tiles::Room rooms[2];
-    return rooms[which].of(((depth + tiles::DEEP - 1) / tiles::DEEP + 1) * PANEL);
+  char* room(int64_t depth, int which) {
+    return rooms_[which].of(((depth + tiles::DEEP - 1) / tiles::DEEP + 1) * PANEL);
   }
+
+ private:
+  static tiles::Room* own() {
+    thread_local tiles::Room rooms[2];
+    return rooms;
+  }
+
+  tiles::Room* rooms_ = own();
 #endif
 };
 
@@ -436,6 +444,7 @@ struct Product {
   int64_t groups, record;
   const float* scales;
   const at::BFloat16* biases;
+  bool tiled = in_tiles();
 
   // What multiplies with a group, the first or the second that a thread has in hand.
   template <typename Weights>
@@ -445,7 +454,7 @@ struct Product {
     return [=, *this, &hands](const Some& some, at::BFloat16* to, int64_t width) {
       const at::BFloat16* first = rows + some.row * depth;
 #if defined(UNSPOOL_TILES)
-      if (in_tiles()) {
+      if (tiled) {
         hands.shaped.hold(some.count);
         char* panels = hands.room(depth, which);
         return by_tiles(first, depth, group, some.near, some.again, panels, some.count, finish, columns, to, width);

@@ -77,7 +77,7 @@ def attend_by_kernel(call: Call, keys: Tensor, values: Tensor, table: Table) -> 
     scaling, softcap, sinks = get("scaling"), get("softcap"), get("s_aux")
     scaling = call.query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     attended: Tensor = torch.ops.unspool.attend(
-        call.query, call.key, call.value, keys, values, table.numbers, table.mask, sinks, scaling, softcap or 0.0
+        call.query, call.key, call.value, keys, values, *table, sinks, None, None, scaling, softcap or 0.0
     )
     return attended
 

@@ -77,12 +77,15 @@ inline void clear() {
   _tile_zero(3);
 }
 
-// Add the products of rows, `step` numbers apart, with the tiles of columns at two places, whose rows are so many bytes
-// apart. `second`: there are more rows than one tile holds.
-inline void multiply(const c10::BFloat16* rows, int64_t step, const void* columns, const void* next, int64_t bytes,
-                     bool second) {
+// Take the tiles of columns at two places, whose rows are so many bytes apart.
+inline void take(const void* columns, const void* next, int64_t bytes) {
   _tile_loadd(6, columns, bytes);
   _tile_loadd(7, next, bytes);
+}
+
+// Add the products of rows, `step` numbers apart, with the tiles of columns that were taken. `second`: there are more rows
+// than one tile holds.
+inline void multiply(const c10::BFloat16* rows, int64_t step, bool second) {
   _tile_loadd(4, rows, step * sizeof *rows);
   _tile_dpbf16ps(0, 4, 6);
   _tile_dpbf16ps(1, 4, 7);
