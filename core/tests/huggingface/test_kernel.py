@@ -70,8 +70,8 @@ def test_queries_of_float32_may_read_a_pool_of_bfloat16() -> None:
     numbers = torch.tensor([1, 6, 12, 21, 23, 0, 0, 3, 0, 1, 3, -1, 0, 0, 1, 1, 0, 2, 2, 0, 3, 4, 3, 4, 5, 6])
     mask = torch.zeros(2, dtype=torch.uint8)
     rounded = key.bfloat16().float(), value.bfloat16().float()
-    table, nothing = (numbers, mask), (None, None, None)
-    outputs = [torch.ops.unspool.attend(query, *rounded, *pool, *table, *nothing, 0.3, 0.0) for pool in (halves, wholes)]
+    rest = numbers, mask, None, None, None, 0.3, 0.0
+    outputs = [torch.ops.unspool.attend(query, *rounded, *pool, *rest) for pool in (halves, wholes)]
     torch.testing.assert_close(*outputs)
     assert torch.equal(halves[0].float(), wholes[0])
 

@@ -32,6 +32,7 @@
 #include "pairs.h"
 #include "tiles.h"
 #include "vectors.h"
+#include "work.h"
 
 namespace {
 
@@ -221,10 +222,10 @@ struct Shape {
 
 template <typename T>
 struct Buffers {
-  std::vector<T> row;
-  std::vector<float> query, scores, keys, values, results;
-  std::vector<at::BFloat16> halves, weights;
-  std::vector<int32_t> pairs, value_pairs;
+  Room<T> row;
+  Room<float> query, scores, keys, values, results;
+  Room<at::BFloat16> halves, weights;
+  Room<int32_t> pairs, value_pairs;
 };
 
 // What a token sees of a block of keys, from `first` to `last`, and of those what `allowed` (or null) says.
@@ -342,23 +343,13 @@ void run(const Item& item, const Part& part, const Shape& shape, const at::Tenso
   constexpr bool halves = PAIRS && std::is_same_v<T, at::BFloat16> && std::is_same_v<P, at::BFloat16>;
   const bool by_pairs = halves && D % (2 * W) == 0;
   const bool by_tiles = by_pairs && !few && in_tiles() && E % (2 * W) == 0 && shape.scaling > 0;
-  if (by_pairs) {
-    buffers.halves.resize(rows * D);
-    buffers.pairs.resize(D / 2 * BLOCK);
-  }
-  if (by_tiles) {
-    buffers.weights.resize(2 * rows * BLOCK);
-    buffers.value_pairs.resize(BLOCK / 2 * E);
-  }
   Tiles tiles;
-  buffers.row.resize(D);
-  buffers.query.resize(rows * D);
-  buffers.scores.resize(rows * BLOCK);
-  buffers.keys.resize(D * BLOCK);
-  buffers.values.resize(BLOCK * E);
-  if (!scratch) buffers.results.resize(rows * (E + 2));
-  float* q = buffers.query.data();
-  float* scores = buffers.scores.data();
+  at::BFloat16* half_query = by_pairs ? buffers.halves.of(rows * D) : nullptr;
+  int32_t* turned_pairs = by_pairs ? buffers.pairs.of(D / 2 * BLOCK) : nullptr;
+  at::BFloat16* weights = by_tiles ? buffers.weights.of(2 * rows * BLOCK) : nullptr;
+  int32_t* value_pairs = by_tiles ? buffers.value_pairs.of(BLOCK / 2 * E) : nullptr;
+  float* q = by_pairs ? nullptr : buffers.query.of(rows * D);
+  float* scores = buffers.scores.of(rows * BLOCK);
   const T* source = query.const_data_ptr<T>();
   for (int64_t t = 0; t < tokens; ++t) {
     const int64_t token = part.rows[(item.first + t) * 3];
@@ -366,14 +357,15 @@ void run(const Item& item, const Part& part, const Shape& shape, const at::Tenso
       const T* from = source + (item.head * shape.group + g) * query.stride(1) + token * query.stride(2);
       const int64_t r = t * shape.group + g;
       if (by_pairs) {
-        if constexpr (halves) rotation.keep(from, D, token, buffers.halves.data() + r * D);
+        if constexpr (halves) rotation.keep(from, D, token, half_query + r * D);
       } else {
-        rotation.keep(from, D, token, buffers.row.data());
-        for (int64_t d = 0; d < D; ++d) q[r * D + d] = Element<T>::one(buffers.row.data() + d) * shape.scaling;
+        T* row = buffers.row.of(D);
+        rotation.keep(from, D, token, row);
+        for (int64_t d = 0; d < D; ++d) q[r * D + d] = Element<T>::one(row + d) * shape.scaling;
       }
     }
   }
-  float* weighted = scratch ? scratch : buffers.results.data();  // [rows][E], then sums [rows], then maxima [rows]
+  float* weighted = scratch ? scratch : buffers.results.of(rows * (E + 2));  // [rows][E], then sums [rows], then maxima [rows]
   float* sums = weighted + rows * E;
   float* most = sums + rows;
   if (!by_tiles) std::fill(weighted, sums, 0.0f);
@@ -391,19 +383,19 @@ void run(const Item& item, const Part& part, const Shape& shape, const at::Tenso
     if (by_pairs) {
       if constexpr (halves) {
         if (few) {
-          score_few(buffers.halves.data(), rows, D, key, count, shape.scaling, next_keys, scores);
+          score_few(half_query, rows, D, key, count, shape.scaling, next_keys, scores);
         } else {
-          turn(key, D, count, next_keys, buffers.pairs.data());
+          turn(key, D, count, next_keys, turned_pairs);
           if (by_tiles)
-            tiles.score(buffers.halves.data(), rows, D, buffers.pairs.data(), count, scores);
+            tiles.score(half_query, rows, D, turned_pairs, count, scores);
           else
-            score_many(buffers.halves.data(), rows, D, buffers.pairs.data(), count, shape.scaling, scores);
+            score_many(half_query, rows, D, turned_pairs, count, shape.scaling, scores);
         }
       }
     } else if (few) {
       score<P>(q, rows, D, key, count, next_keys, scores);
     } else {
-      float* turned = buffers.keys.data();
+      float* turned = buffers.keys.of(D * BLOCK);
       for (int64_t j = 0; j < count; ++j) {
         next_keys.fetch();
         for (int64_t d = 0; d < D; ++d) turned[d * BLOCK + j] = Element<P>::one(key + j * D + d);
@@ -415,10 +407,10 @@ void run(const Item& item, const Part& part, const Shape& shape, const at::Tenso
     }
     if (by_tiles) {
       if constexpr (halves) {
-        const Split split(buffers.weights.data(), rows);
+        const Split split(weights, rows);
         weigh<W>(part, item, shape, block, shape.scaling, scores, weighted, sums, most, split);
-        pair_up(value, E, count, next_values, buffers.value_pairs.data());
-        tiles.add(buffers.weights.data(), rows, buffers.value_pairs.data(), count, E, block.place == item.begin, weighted);
+        pair_up(value, E, count, next_values, value_pairs);
+        tiles.add(weights, rows, value_pairs, count, E, block.place == item.begin, weighted);
       }
       continue;
     }
@@ -429,7 +421,7 @@ void run(const Item& item, const Part& part, const Shape& shape, const at::Tenso
     if (rows <= DIRECT || sizeof(P) == sizeof(float)) {
       multiply<P>(scores, BLOCK, value, E, weighted, E, rows, E, count, &next_values);
     } else {
-      float* wide = buffers.values.data();
+      float* wide = buffers.values.of(BLOCK * E);
       int64_t i = 0;
       for (; i + W <= count * E; i += W) {
         if (i % E < W) next_values.fetch();
@@ -573,16 +565,15 @@ void attend_as(const at::Tensor& query, const at::Tensor& key, const at::Tensor&
   for (Item& item : items) {
     if (!sinks && pieces.alone(parts[item.part], item)) continue;
     item.scratch = scratch;
-    scratch += (item.last - item.first) * shape.group * (E + 2);
+    scratch += up_to((item.last - item.first) * shape.group * (E + 2), W);
   }
   // The longest first, so that no thread is left with one at the end.
   std::vector<size_t> order(items.size());
   std::iota(order.begin(), order.end(), 0);
   auto size = [&](size_t i) { return (items[i].last - items[i].first) * (items[i].end - items[i].begin); };
   std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return size(a) > size(b); });
-  static thread_local std::vector<float> found;
-  if (static_cast<int64_t>(found.size()) < scratch) found.resize(scratch);
-  float* results = found.data();
+  static thread_local Room<float> found;
+  float* results = found.of(scratch);
   std::atomic<size_t> next{0};
   at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     static thread_local Buffers<T> buffers;

@@ -40,7 +40,8 @@ _SHIMS = {
     "attend": """AOTITorchError aoti_torch_cpu_attend(
         AtenTensorHandle query, AtenTensorHandle key, AtenTensorHandle value, AtenTensorHandle keys,
         AtenTensorHandle values, AtenTensorHandle table, AtenTensorHandle mask, AtenTensorHandle* sinks,
-        AtenTensorHandle* cosines, AtenTensorHandle* sines, double scaling, double softcap, AtenTensorHandle* attended)""",
+        AtenTensorHandle* cosines, AtenTensorHandle* sines, double scaling, double softcap,
+        AtenTensorHandle* attended)""",
     **{
         name: f"""AOTITorchError aoti_torch_cpu_{name}(
         AtenTensorHandle x, AtenTensorHandle laid, AtenTensorHandle* scale, AtenTensorHandle* bias, int64_t width,

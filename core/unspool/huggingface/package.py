@@ -275,7 +275,7 @@ def make(subject: Subject, kind: Kind) -> Path:
 
 
 def export(subject: Subject, kind: Kind, dtype: torch.dtype) -> torch.export.ExportedProgram:
-    """Trace a pass as a graph of operators, which gives logits and states in a dtype. Attention rotates what it reads."""
+    """Trace a pass as a graph that gives logits and states in a dtype. Attention rotates what it reads."""
     inputs, dynamic = _example(subject, kind)
     program = torch.export.export(_Pass(subject, dtype), inputs, dynamic_shapes=dynamic, strict=False)
     leave_to_attention(program.graph)

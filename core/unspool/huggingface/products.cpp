@@ -398,12 +398,12 @@ struct Hands {
   }
 
  private:
-  static tiles::Room* own() {
-    thread_local tiles::Room rooms[2];
+  static Room<char>* own() {
+    thread_local Room<char> rooms[2];
     return rooms;
   }
 
-  tiles::Room* rooms_ = own();
+  Room<char>* rooms_ = own();
 #endif
 };
 

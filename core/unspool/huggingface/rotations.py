@@ -1,8 +1,8 @@
 """Rotary positions in the graph of a pass, left to attention: it rotates queries and keys as it reads them.
 
 Models rotate (Su et al. 2021, https://arxiv.org/abs/2104.09864) by operators on whole tensors: halves are taken apart,
-negated, put together, multiplied and added. The compiler makes six loops of it in each layer, with intermediate results in
-memory and threads that wait for each other after each, where the kernel needs a few registers.
+negated, put together, multiplied and added. The compiler makes six loops of it in each layer, with results in memory
+between them and threads that wait for each other after each, where the kernel needs a few registers.
 
 Of a head only the first numbers may be rotated. What is rotated in another way (neighbours by pairs) stays as it is.
 """
@@ -17,15 +17,22 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 _ATEN = torch.ops.aten
-_QUERY, _KEY, _COSINES, _SINES = "query", "key", "cosines", "sines"
 
 
 class _Rotated(NamedTuple):
-    """What `x * cosines + halves(x) * sines` is made of, where `halves` puts the second half, negated, before the first."""
+    """`x * cosines + crossed(x) * sines`, where `crossed` puts the second half, negated, before the first."""
 
     x: Node
     cosines: Node
     sines: Node
+
+
+class _Part(NamedTuple):
+    """Some numbers of each head."""
+
+    x: Node
+    start: int
+    stop: int
 
 
 def leave_to_attention(graph: Graph) -> int:
@@ -33,10 +40,10 @@ def leave_to_attention(graph: Graph) -> int:
     attend, count = torch.ops.unspool.attend.default, 0
     places = {argument.name: at for at, argument in enumerate(attend._schema.arguments)}
     for node in graph.find_nodes(op="call_function", target=attend):
-        query, key = (_rotated_in_part(node.args[places[name]]) for name in (_QUERY, _KEY))
-        if query is None or key is None or query[1:] != key[1:]:
+        query, key = (_rotated_in_part(node.args[places[name]]) for name in ("query", "key"))
+        if query is None or key is None or (query.cosines, query.sines) != (key.cosines, key.sines):
             continue
-        given = {_QUERY: query.x, _KEY: key.x, _COSINES: query.cosines, _SINES: query.sines}
+        given = {"query": query.x, "key": key.x, "cosines": query.cosines, "sines": query.sines}
         for name, value in given.items():
             node.update_arg(places[name], value)
         count += 1
@@ -45,71 +52,63 @@ def leave_to_attention(graph: Graph) -> int:
 
 
 def _rotated_in_part(node: Any) -> _Rotated | None:
-    """Recognize heads that are rotated, or their first numbers, with the rest of them behind."""
-    if not _calls(node, _ATEN.cat.default):
+    """Recognize heads that are rotated: all of each, or its first numbers, with the rest of them behind."""
+    if (parts := _put_together(node)) is None:
         return _rotated(node)
-    parts, dimension = node.args
-    if len(parts) == 2 and (rotated := _rotated(parts[0])):
-        first, second = _part(rotated.x), _part(parts[1])
-        if first and second and first.x is second.x and _last(dimension, node) and first.stop == second.start:
-            return rotated._replace(x=first.x) if first.start == 0 and second.stop == _width(first.x) else None
-    return None
+    rotated, rest = _rotated(parts[0]), _part(parts[1])
+    first = _part(rotated.x) if rotated else None
+    if rotated is None or first is None or rest is None or not _complete(first, rest):
+        return None
+    return rotated._replace(x=first.x)
 
 
 def _rotated(node: Any) -> _Rotated | None:
-    """Recognize a rotation of heads `[1, heads, n, width]` by `[1, 1, n, width]`, all of one dtype."""
-    for straight, crossed in _either_way(node, _ATEN.add.Tensor):
-        for halves, sines in _either_way(crossed, _ATEN.mul.Tensor):
-            x = _halved(halves)
+    """Recognize a rotation of `[1, heads, n, width]` by `[1, 1, n, width]`, all of one dtype."""
+    for straight, other in _either_way(node, _ATEN.add.Tensor):
+        for crossed, sines in _either_way(other, _ATEN.mul.Tensor):
+            x = _crossed(crossed)
             for own, cosines in _either_way(straight, _ATEN.mul.Tensor):
-                if own is x and x is not None and _fit(x, cosines) and _fit(x, sines):
+                if x is not None and own is x and _fit(x, cosines) and _fit(x, sines):
                     return _Rotated(x, cosines, sines)
     return None
 
 
-class _Part(NamedTuple):
-    """A part of the last dimension."""
+def _crossed(node: Any) -> Node | None:
+    """Recognize the second half of something, negated, before its first half; give that."""
+    parts = _put_together(node)
+    if parts is None or not _calls(parts[0], _ATEN.neg.default):
+        return None
+    second, first = _part(parts[0].args[0]), _part(parts[1])
+    if first is None or second is None or not _complete(first, second) or 2 * first.stop != second.stop:
+        return None
+    return first.x
 
-    x: Node
-    start: int
-    stop: int
+
+def _put_together(node: Any) -> tuple[Node, Node] | None:
+    """Give the two parts of each head that are put one behind the other."""
+    if not _calls(node, _ATEN.cat.default):
+        return None
+    parts, dimension = node.args
+    return tuple(parts) if len(parts) == 2 and _is_last(dimension, node) else None
 
 
 def _part(node: Any) -> _Part | None:
-    if _calls(node, _ATEN.alias.default):  # all of it
+    """Recognize some numbers of each head of something, or all."""
+    if _calls(node, _ATEN.alias.default):
         return _Part(node.args[0], 0, _width(node))
     if not _calls(node, _ATEN.slice.Tensor):
         return None
     x, dimension, start, stop = node.args
-    return _Part(x, start, min(stop, _width(x))) if _last(dimension, x) else None
+    return _Part(x, start, min(stop, _width(x))) if _is_last(dimension, x) else None
 
 
-def _halved(node: Any) -> Node | None:
-    """Recognize the second half of something, negated, before its first half; give that."""
-    if not _calls(node, _ATEN.cat.default):
-        return None
-    parts, dimension = node.args
-    if len(parts) != 2 or not _calls(parts[0], _ATEN.neg.default) or not _last(dimension, node):
-        return None
-    second, first = _part(parts[0].args[0]), _part(parts[1])
-    if first is None or second is None or first.x is not second.x:
-        return None
-    half, width = _width(first.x) // 2, _width(first.x)
-    return first.x if (first[1:], second[1:]) == ((0, half), (half, width)) and width % 2 == 0 else None
-
-
-def _width(node: Node) -> int:
-    width: int = node.meta["val"].shape[-1]
-    return width
-
-
-def _last(dimension: int, node: Node) -> bool:
-    rank = node.meta["val"].dim()
-    return bool(dimension % rank == rank - 1)
+def _complete(first: _Part, second: _Part) -> bool:
+    """Say whether two parts are all of one thing, in its order, however long each is."""
+    return first.x is second.x and first.start == 0 and first.stop == second.start and second.stop == _width(first.x)
 
 
 def _fit(x: Node, rotation: Any) -> bool:
-    """Say whether cosines or sines are there for each token, in the dtype of what is rotated."""
+    """Say whether there are cosines or sines for each token, in the dtype of what is rotated."""
     if not isinstance(rotation, Node):
         return False
     heads: Tensor = x.meta["val"]
@@ -127,3 +126,13 @@ def _either_way(node: Any, target: Any) -> Iterator[tuple[Any, Any]]:
 
 def _calls(node: Any, target: Any) -> bool:
     return isinstance(node, Node) and node.target is target and not node.kwargs
+
+
+def _width(node: Node) -> int:
+    width: int = node.meta["val"].shape[-1]
+    return width
+
+
+def _is_last(dimension: int, node: Node) -> bool:
+    rank: int = node.meta["val"].dim()
+    return dimension % rank == rank - 1

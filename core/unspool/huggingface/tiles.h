@@ -14,8 +14,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
-#include <memory>
 
 namespace unspool::tiles {
 
@@ -115,25 +113,6 @@ inline void keep(float* sums, int64_t step, bool second) {
     _tile_stored(3, sums + ROWS * step + COLUMNS, step * sizeof *sums);
   }
 }
-
-// Room of a thread that stays, for so many bytes.
-class Room {
- public:
-  char* of(int64_t bytes) {
-    if (bytes > size_) {
-      size_ = (bytes + BYTES - 1) / BYTES * BYTES;
-      room_.reset(static_cast<char*>(std::aligned_alloc(BYTES, size_)));
-    }
-    return room_.get();
-  }
-
- private:
-  struct Free {
-    void operator()(char* room) const { std::free(room); }
-  };
-  std::unique_ptr<char, Free> room_;
-  int64_t size_ = 0;
-};
 
 }  // namespace unspool::tiles
 #endif

@@ -9,6 +9,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <cstdlib>
+#include <memory>
 #include <vector>
 
 namespace unspool {
@@ -58,6 +60,29 @@ class Runs {
   }
 
   std::vector<Run> runs_;
+};
+
+// Room for some numbers, which stays as it was left unless more is asked for. It begins with a line of memory: what is
+// read as lines would otherwise lie in two each.
+template <typename T>
+class Room {
+ public:
+  T* of(int64_t count) {
+    if (count > count_) {
+      count_ = count;
+      const size_t bytes = (count * sizeof(T) + LINE - 1) / LINE * LINE;
+      room_.reset(static_cast<T*>(std::aligned_alloc(LINE, bytes)));
+    }
+    return room_.get();
+  }
+
+ private:
+  static constexpr size_t LINE = 64;  // bytes
+  struct Free {
+    void operator()(T* room) const { std::free(static_cast<void*>(room)); }
+  };
+  std::unique_ptr<T, Free> room_;
+  int64_t count_ = 0;
 };
 
 // Do `what(unit, state)` for each unit. A thread has one state.
