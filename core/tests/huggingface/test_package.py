@@ -24,7 +24,7 @@ from unspool.huggingface import HuggingFaceRunner, compiler, kernel, package
 from unspool.huggingface.int8 import quantize, widen
 from unspool.huggingface.load import load
 from unspool.huggingface.package import KINDS, KINDS_BY_KERNEL, make
-from unspool.huggingface.projections import quicken
+from unspool.huggingface.projections import Packed, can_pack, quicken
 from unspool.runner import Batch, Output, Span
 from unspool_testing.compiling import untuned
 from unspool_testing.networks import tiny_model
@@ -285,22 +285,6 @@ def test_clearing_takes_whole_packages_and_leaves_what_is_being_made(
     assert [path.name for path in place.iterdir()] == ["draft-1"]
 
 
-def test_the_command_compiles_and_the_next_start_uses_it(
-    gemma: HuggingFaceRunner, saved_gemma: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    done = CliRunner().invoke(app, ["compile", str(saved_gemma), "--dtype", "float32", "--threads", "1", "--json"])
-    assert done.exit_code == 0, done.output
-    made = json.loads(done.stdout)
-    assert [entry["what"] for entry in made] == [
-        "attention",
-        "passes of one token",
-        "passes of few tokens",
-        "passes of many tokens",
-    ]
-    assert load(str(saved_gemma), compile="auto").runner.compiled == ["attention", "one", "few", "many"]
-    assert load(str(saved_gemma), compile="off").runner.compiled == []
-
-
 @pytest.fixture(scope="module")
 def saved_gemma(tmp_path_factory: pytest.TempPathFactory, gemma: HuggingFaceRunner) -> Path:
     from tokenizers import Tokenizer, models
@@ -312,6 +296,50 @@ def saved_gemma(tmp_path_factory: pytest.TempPathFactory, gemma: HuggingFaceRunn
     fast: Any = PreTrainedTokenizerFast
     fast(tokenizer_object=tokenizer).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def said(saved_gemma: Path) -> str:
+    """What the command says that compiles it."""
+    done = CliRunner().invoke(app, ["compile", str(saved_gemma), "--dtype", "float32", "--threads", "1", "--json"])
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def test_the_command_compiles_and_the_next_start_uses_it(said: str, saved_gemma: Path) -> None:
+    assert [entry["what"] for entry in json.loads(said)] == [
+        "attention",
+        "passes of one token",
+        "passes of few tokens",
+        "passes of many tokens",
+    ]
+    assert load(str(saved_gemma), compile="auto").runner.compiled == ["attention", "one", "few", "many"]
+    assert load(str(saved_gemma), compile="off").runner.compiled == []
+
+
+def test_where_packages_run_all_passes_weights_are_laid_out_once_the_models_own_code_runs(
+    said: str, saved_gemma: Path
+) -> None:
+    if not can_pack(torch.float32):
+        pytest.skip("oneDNN is not there")
+    compiled, own = (load(str(saved_gemma), compile=how).runner for how in ("auto", "off"))
+    token, span, zero = np.array([5]), Span(0, 1, slice(0, 1)), np.zeros(1, dtype=np.int64)
+
+    def logits(runner: HuggingFaceRunner, layers: int | None) -> torch.Tensor:
+        runner.allocate(8)
+        return runner.forward(Batch(token, zero, zero, [span], zero, layers=layers)).logits
+
+    def laid_out(runner: HuggingFaceRunner) -> bool:
+        return any(isinstance(module, Packed) for module in runner.subject.model.modules())
+
+    def check(layers: int | None) -> None:
+        torch.testing.assert_close(logits(compiled, layers), logits(own, layers), rtol=1e-3, atol=1e-4)
+
+    check(None)
+    assert laid_out(own) and not laid_out(compiled)
+    check(1)
+    assert laid_out(compiled)
+    check(None)
 
 
 def test_a_model_is_compiled_beside_the_work_once_that_pays(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@
 // same context, a list of stretches of consecutive slots. A row sees the places `low <= place < high` of its part's
 // context, and where the part has a mask, those of them that the mask allows. A token may be a row of several parts
 // (a prefix that many share, then its own): each part, and each piece of a long part, gives a maximum, a sum and a
-// weighted sum of values, and the pieces of a token are merged by log-sum-exp at the end. What a token has one piece of is
+// weighted sum of values, and the pieces of a token are merged by log-sum-exp at the end. A token with a single piece is
 // written out at once.
 //
 // Queries and keys may come before their rotary positions (Su et al. 2021, https://arxiv.org/abs/2104.09864), with the
@@ -207,8 +207,8 @@ class Blocks {
 
 // Weights as they are, in place of the scores.
 struct Plain {
-  static constexpr int AT_ONCE = 1;       // vectors
-  static constexpr float UNIT = 1.0f;     // of the exponents
+  static constexpr int AT_ONCE = 1;    // vectors
+  static constexpr float UNIT = 1.0f;  // of the exponents
   float* to;
 
   static Vector of(Vector exponent) { return exponential(exponent); }
@@ -327,7 +327,8 @@ inline void divide(const float* weighted, float sum, int64_t width, T* to) {
 
 // Write out the weighted values of an item, whose tokens have no other.
 template <typename T>
-void write_out(const Item& item, const Part& part, const Shape& shape, const float* weighted, const float* sums, T* output) {
+void write_out(const Item& item, const Part& part, const Shape& shape, const float* weighted, const float* sums,
+               T* output) {
   const int64_t E = shape.value_width;
   for (int64_t t = item.first, r = 0; t < item.last; ++t)
     for (int64_t g = 0; g < shape.group; ++g, ++r)
@@ -365,7 +366,8 @@ void run(const Item& item, const Part& part, const Shape& shape, const at::Tenso
       }
     }
   }
-  float* weighted = scratch ? scratch : buffers.results.of(rows * (E + 2));  // [rows][E], then sums [rows], then maxima [rows]
+  // [rows][E], then sums [rows], then maxima [rows]
+  float* weighted = scratch ? scratch : buffers.results.of(rows * (E + 2));
   float* sums = weighted + rows * E;
   float* most = sums + rows;
   if (!by_tiles) std::fill(weighted, sums, 0.0f);
@@ -516,7 +518,7 @@ void attend_as(const at::Tensor& query, const at::Tensor& key, const at::Tensor&
   P* pool_keys = keys.data_ptr<P>();
   P* pool_values = values.data_ptr<P>();
   at::parallel_for(0, shape.kv_heads * n, 128, [&](int64_t begin, int64_t end) {
-    std::vector<T> row(D);
+    std::vector<T> row(std::is_same_v<T, P> ? 0 : D);
     for (int64_t at = begin; at < end; ++at) {
       const int64_t h = at % shape.kv_heads, i = at / shape.kv_heads;
       const T* k = key.const_data_ptr<T>() + h * key.stride(1) + i * key.stride(2);
@@ -586,9 +588,9 @@ void attend_as(const at::Tensor& query, const at::Tensor& key, const at::Tensor&
                     Blocks(parts[item.part], item).next()};
       }
       const Item& item = items[order[turn]];
+      float* kept = item.scratch == ALONE ? nullptr : results + item.scratch;
       run<T, P>(item, parts[item.part], shape, query, rotation, pool_keys + item.head * S * D,
-                pool_values + item.head * S * E, upcoming, buffers, item.scratch == ALONE ? nullptr : results + item.scratch,
-                output.data_ptr<T>());
+                pool_values + item.head * S * E, upcoming, buffers, kept, output.data_ptr<T>());
     }
   });
   if (scratch) finish<T>(pieces, items, shape, results, sinks, n, output.data_ptr<T>());
@@ -615,7 +617,7 @@ at::Tensor attend(const at::Tensor& query_, const at::Tensor& key_, const at::Te
     const int64_t turned = of->size(-1);
     TORCH_CHECK(of->scalar_type() == query.scalar_type() && of->numel() == query.size(2) * turned && turned % 2 == 0 &&
                     turned <= shape.width,
-                "unspool::attend takes cosines and sines of the queries' dtype for each token, an even number of at most ",
+                "unspool::attend takes cosines and sines of the queries' dtype for each token, an even number up to ",
                 shape.width);
     return of->contiguous();
   };

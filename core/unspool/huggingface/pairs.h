@@ -130,8 +130,8 @@ inline void score_many(const at::BFloat16*, int64_t, int64_t, const int32_t*, in
 // Weights of rows with a block of keys, split: what is nearest to them, [rows][64], then what is left of them.
 class Split {
  public:
-  static constexpr int AT_ONCE = 2;                      // vectors
-  static constexpr float UNIT = 1.44269504088896341f;    // of the exponents, which are those of 2
+  static constexpr int AT_ONCE = 2;                    // vectors
+  static constexpr float UNIT = 1.44269504088896341f;  // of the exponents, which are those of 2
 
   Split(at::BFloat16* halves, int64_t rows) : halves_(halves), rests_(halves + rows * BLOCK) {}
 
@@ -247,7 +247,7 @@ inline void pair_up(const at::BFloat16*, int64_t, int64_t, Ahead<at::BFloat16>&,
 
 struct Tiles {
   void score(const at::BFloat16*, int64_t, int64_t, const int32_t*, int64_t, float*) {}
-  void add(const at::BFloat16*, int64_t, const int32_t*, int64_t, int64_t, float*) {}
+  void add(const at::BFloat16*, int64_t, const int32_t*, int64_t, int64_t, bool, float*) {}
 };
 #endif
 

@@ -6,11 +6,12 @@ The model's own code runs unchanged, on one row of tokens that belong to many se
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -93,6 +94,8 @@ class HuggingFaceRunner:
             self._shallow: dict[int, PreTrainedModel] = {}
             self._pool: Pool | None = None
             self._made: Sequence[Made] = ()
+            self._all_made = False
+            self._put_off: Callable[[], None] | None = None
             self.compiler: Compiler | None = None
             """Compiles the model when it has computed for long enough, if that is wanted and was not done before."""
             self._flex = graphs and self._can_flex()
@@ -165,11 +168,25 @@ class HuggingFaceRunner:
         made = subject.made() if self._kernel else []
         if sum(cache.size(subject.path(kind)) for kind in made) < self.free_bytes() // 2:
             self._made = [found for kind in made if (found := package.loaded(subject, kind))]
-        return len(self._made) == len(subject.kinds)
+        self._all_made = len(self._made) == len(subject.kinds)
+        return self._all_made
 
     def quicken(self, *, by_kernel: bool = True) -> None:
-        """Replace the model's linear layers by quicker ones that compute the same, on a CPU (`projections.py`)."""
-        quicken(self._model, by_kernel=by_kernel)
+        """Replace the model's linear layers by quicker ones that compute the same, on a CPU (`projections.py`).
+
+        That takes half a second or more, and a copy of the weights. Where packages run passes of all sizes, it is
+        put off until the model's own code runs after all (some of its layers, its output matrix): it may never do.
+        """
+        self._put_off = functools.partial(quicken, self._model, by_kernel=by_kernel)
+        if not self._all_made:
+            self._catch_up()
+
+    def _catch_up(self) -> None:
+        if self._put_off is None:
+            return
+        with torch.inference_mode(mode=False):
+            self._put_off()
+        self._put_off = None
         self._shallow.clear()  # they have the layers that were replaced
 
     def slot_bytes(self) -> int:
@@ -206,6 +223,7 @@ class HuggingFaceRunner:
 
     def _eager(self, pool: Pool, batch: Batch) -> Output:
         """Run one packed pass by the model's own code."""
+        self._catch_up()
         model = self._model if batch.layers is None else self._first(batch.layers)
         with self._listening(model, batch.hidden) as hidden:
             output = model(
@@ -232,6 +250,7 @@ class HuggingFaceRunner:
     @torch.inference_mode()
     def head(self, hidden: Tensor) -> Tensor:
         """Apply the final norm and the output matrix to an earlier layer: `[n, width]` -> `[n, vocab]`."""
+        self._catch_up()
         places = torch.zeros(1, len(hidden), dtype=torch.long, device=self._device)
         plan = _Resume(hidden[None])
         logits: Tensor = self._first(0)(input_ids=places, position_ids=places, use_cache=False, unspool=plan).logits
