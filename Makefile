@@ -33,6 +33,8 @@ $(QUANTIZERS): $(STAMP) requirements-quantizers.txt
 demo: $(STAMP)  ## Stream an answer of a real model, then one batch with several strategies
 	@$(BIN)/python docs/demo/demo.py
 
+# Threads that wait for each other do so asleep: several processes share the cores.
+test test-quick: export OMP_WAIT_POLICY = passive
 test: $(STAMP) $(OLDEST) $(QUANTIZERS)  ## Run all tests
 	UNSPOOL_OLDEST_TRANSFORMERS=$(OLDEST) UNSPOOL_QUANTIZERS=$(QUANTIZERS) $(BIN)/python -m pytest
 

@@ -11,7 +11,12 @@ from torch.nn.attention import flex_attention
 
 from unspool.huggingface import kernel, package
 
-UNTUNED = {"freezing": True, "max_autotune_report_choices_stats": False}
+UNTUNED = {
+    "freezing": True,
+    "max_autotune_report_choices_stats": False,
+    "aot_inductor.compile_wrapper_opt_level": "O0",
+}
+"""What makes a package soon: no candidates are timed, and the code that only calls compiled code is not optimized."""
 
 
 @contextmanager
