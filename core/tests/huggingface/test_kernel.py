@@ -204,6 +204,17 @@ def test_weights_of_any_exponents_are_kept_exactly(rare: int) -> None:
     assert torch.equal(found, weight.T)
 
 
+def test_every_integer_is_read_as_itself_wherever_it_stands() -> None:
+    if not kernel.multiplies():
+        pytest.skip("the processor does not multiply bfloat16")
+    depth, width = 256, 64
+    weight = ((torch.arange(depth) + torch.arange(width)[:, None] * 5) % 255 - 127).to(torch.int8)
+    laid, rows = torch.ops.unspool.lay_out(weight), torch.eye(depth).bfloat16()
+    assert torch.equal(torch.ops.unspool.project(rows, laid, None, None, width), weight.T.bfloat16())
+    by_one = [torch.ops.unspool.project(row[None], laid, None, None, width) for row in rows]
+    assert torch.equal(torch.cat(by_one), weight.T.bfloat16())
+
+
 @pytest.mark.parametrize("width", [32, 96, 320])
 @pytest.mark.parametrize("kind", ["integers", "codes", "halves"])
 def test_a_gated_product_is_silu_of_the_one_times_the_other_and_each_row_is_its_own(kind: str, width: int) -> None:
