@@ -68,8 +68,8 @@ struct Halves {
   }
 };
 
-// The two bytes of each bfloat16 number from 0 to 63. From 64 to 127 the lower one is twice the number, without its highest
-// bit, and the upper one is always the same: to look bytes up among 128 takes some processors three steps, among 64 one.
+// The two bytes of each bfloat16 number from 0 to 63. From 64 to 127 the lower one is twice the number and the upper one
+// always the same: to look bytes up among 128 takes some processors three steps, among 64 one.
 struct Table {
   static constexpr char BEYOND = 0x42;
   uint8_t low[LINE], high[LINE];
