@@ -100,6 +100,8 @@ def main() -> None:
         )
         print("|", " | ".join(map(str, rows[-1].values())), "|", flush=True)
     write(options.json, rows)
+    for pool in pools:  # left to the end of the interpreter, that ended once with "Bad file descriptor"
+        pool.shutdown()
 
 
 if __name__ == "__main__":
