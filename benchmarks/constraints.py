@@ -44,11 +44,11 @@ OURS = {
     "masks": (ENGINE, "masks"),
     "ends": (constraint, "allow_ends"),
     "apply": (JsonSchema, "logits_transform"),
-    "advance": (JsonSchema, "advance"),
     "prefetch": (JsonSchema, "pre_forward"),
-    "stop_check": (JsonSchema, "stop_check"),
+    "advance": (JsonSchema, "stop_check"),
 }
-"""What runs for each step: the name of its row, and where the function stands."""
+"""What runs for each step: the name of its row, and where the function stands. `stop_check` has all rows advance: timed
+each by itself, 32 would seem to take 0.1 ms more."""
 ONCE = {"initial": (JsonSchema, "initial"), "report": (JsonSchema, "report")}
 """What runs once a request. The report of a text that was cut short, as here, walks it again."""
 CORE = {"copy of the logits": (Group, "working_copy")}

@@ -33,7 +33,7 @@ LANGUAGES: dict[str, Language] = {
 
 
 def allowed(position: Position) -> list[int]:
-    bits = np.unpackbits(ENGINE.masks([position])[0].view(np.uint8), bitorder="little")
+    bits = np.unpackbits(ENGINE.masks([position])[0], bitorder="little")
     return [] if position.has_stopped else np.flatnonzero(bits).tolist()
 
 

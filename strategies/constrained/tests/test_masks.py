@@ -27,7 +27,7 @@ from unspool_constrained.guidance import ENGINE, KEPT, Guidance
 from unspool_constrained.guidance_position import REMEMBERED
 from unspool_constrained.json_schema import JsonSchema
 from unspool_constrained.languages import Lark, Pattern, Schema, Strings
-from unspool_constrained.mask import allow_ends, octets_of
+from unspool_constrained.mask import allow_ends, long_enough
 from unspool_constrained.regex import Regex
 from unspool_constrained.tagged import Tagged
 from unspool_constrained.vocabulary import Vocabulary, vocabulary_of
@@ -74,19 +74,19 @@ def fresh(language: Any, text: str) -> Any:
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 80), st.integers(1, 90))
 def test_what_has_no_bit_is_forbidden_and_nothing_else_changes(seed: int, tokens: int, size: int) -> None:
-    words = -(-tokens // 32)
+    octets = -(-tokens // 8)
     chance = np.random.default_rng(seed)
-    bits = chance.integers(-(2**31), 2**31, (3, words), dtype=np.int32)
+    bits = chance.integers(256, size=(3, octets), dtype=np.uint8)
     ends = [(int(chance.integers(3)), token, bool(chance.integers(2))) for token in {0, size // 2, size - 1}]
     told = {(row, token): may for row, token, may in ends}
     for dtype in (torch.float32, torch.float64):
         logits = torch.from_numpy(chance.choice([-2.5, -0.0, 7.0, np.inf, np.nan], (3, size))).to(dtype)
-        before, masks = logits.clone(), octets_of(bits, size)
+        before, masks = logits.clone(), long_enough(bits.copy(), size)
         allow_ends(masks, ends)
         forbid(logits, masks)
         for row, mask in enumerate(bits):
             for token in range(size):
-                has_bit = token < 32 * words and bool(int(mask[token >> 5]) >> (token & 31) & 1)
+                has_bit = token < 8 * octets and bool(int(mask[token >> 3]) >> (token & 7) & 1)
                 expected = before[row, token] if told.get((row, token), has_bit) else torch.tensor(-torch.inf)
                 assert str(logits[row, token].item()) == str(expected.item())
 
@@ -204,6 +204,20 @@ def test_many_threads_may_use_one_compiled_grammar() -> None:
     for thread in threads:
         thread.join()
     assert len(found) == 8 and len(set(found)) == 1
+
+
+def test_all_who_go_on_from_a_place_get_matchers_of_their_own_though_a_copy_was_made_ahead() -> None:
+    language = Pattern("(a[0-9]|bc)+")
+    start: Any = ENGINE.compile(language, BYTES).start()
+    ENGINE.prefetch([start])
+    ENGINE.masks([start])
+    assert len(start._spare) == 1, "the first one finds a copy"
+    children = {text: start.advance(ord(text)) for text in "ab"}
+    assert not start._spare and start.advance(ord("c")) is None
+    ENGINE.prefetch([*children.values()])
+    further = {"a7": children["a"].advance(ord("7")), "bc": children["b"].advance(ord("c"))}
+    for text, position in {"": start, **children, **further, "a1": children["a"].advance(ord("1"))}.items():
+        assert np.array_equal(ENGINE.masks([position]), Guidance().masks([fresh(language, text)]))
 
 
 @pytest.mark.parametrize("count", [1, 2])

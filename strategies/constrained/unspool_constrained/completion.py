@@ -152,7 +152,7 @@ class Finder:
 
     def _allowed(self, position: Position) -> NDArray[np.bool_]:
         """Say of each token whether it may follow."""
-        octets = self._engine.masks([position])[0].view(np.uint8)
+        octets = self._engine.masks([position])[0]
         return np.unpackbits(octets, count=len(self._vocabulary), bitorder="little").view(bool)
 
     def _candidates(self, position: Position) -> list[int]:

@@ -26,7 +26,7 @@ from unspool_constrained.engine import GrammarError
 from unspool_constrained.forced import hang_forced
 from unspool_constrained.guidance import ENGINE
 from unspool_constrained.languages import Language
-from unspool_constrained.mask import allow_ends, octets_of
+from unspool_constrained.mask import allow_ends, long_enough
 from unspool_constrained.place import Place
 from unspool_constrained.vocabulary import Vocabulary, vocabulary_of
 from unspool_constrained.within import keep_within
@@ -122,9 +122,10 @@ class Constraint(Plugin):
     def logits_transform(self, step: Step, logits: Tensor) -> None:
         """Forbid what cannot follow."""
         places: list[Place] = step.states(self)
-        masks = octets_of(ENGINE.masks([place.position for place in places]), logits.shape[1])
-        ends = [(row, end, place.position.may_stop) for row, place in enumerate(places) for end in place.ends]
-        allow_ends(masks, [each for each in ends if each[1] < logits.shape[1]])
+        size = logits.shape[1]
+        masks = long_enough(ENGINE.masks([place.position for place in places]), size)
+        ends = ((row, end, place) for row, place in enumerate(places) for end in place.ends if end < size)
+        allow_ends(masks, [(row, end, place.position.may_stop) for row, end, place in ends])
         if self.params.complete_within:
             keep_within(step, places, logits, masks)
         forbid(logits, masks)

@@ -10,14 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
+from unspool.masks import Octets
 from unspool_constrained.languages import Language
 from unspool_constrained.vocabulary import Vocabulary
-
-Bits = NDArray[np.int32]
-"""One bit a token, the lowest bit of a word first."""
 
 
 class GrammarError(ValueError):
@@ -71,8 +66,8 @@ class Engine(Protocol):
     def prefetch(self, positions: Sequence[Position]) -> None:
         """Begin, on another thread, to find out which tokens may follow."""
 
-    def masks(self, positions: Sequence[Position]) -> Bits:
-        """Say which tokens of the vocabulary may follow: `[positions, words]`, a copy. Ends are not among them.
+    def masks(self, positions: Sequence[Position]) -> Octets:
+        """Say which tokens of the vocabulary may follow: `[positions, octets]`, a copy. Ends are not among them.
 
         Raises:
             GrammarError: a language grew too large.

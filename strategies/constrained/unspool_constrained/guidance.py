@@ -18,7 +18,8 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
-from unspool_constrained.engine import Bits, GrammarError, Position
+from unspool.masks import Octets
+from unspool_constrained.engine import GrammarError, Position
 from unspool_constrained.guidance_position import GuidanceGrammar, GuidancePosition, first_line
 from unspool_constrained.languages import Language
 from unspool_constrained.notation import lark_of
@@ -96,41 +97,51 @@ class Guidance:
         return grammar
 
     def prefetch(self, positions: Sequence[Position]) -> None:
-        """Begin, on another thread, to find out which tokens may follow."""
+        """Begin, on another thread, to find out which tokens may follow, and to copy matchers for who goes on."""
         pending = _pending(positions)
         if pending:
-            future = self._pool().background.submit(self._fill, pending)
+            future = self._pool().background.submit(self._prepare, pending)
             for position, _ in pending:
                 position._filling = future
 
-    def masks(self, positions: Sequence[Position]) -> Bits:
-        """Say which tokens of the vocabulary may follow: `[positions, words]`, a copy.
+    def _prepare(self, pending: Sequence[tuple[GuidancePosition, LLMatcher]]) -> None:
+        self._fill(pending)
+        for position, matcher in pending:
+            if not position.has_stopped:
+                position._spare.append(matcher.deep_copy())
+            position._filling = None  # who comes later need not ask the future
+
+    def masks(self, positions: Sequence[Position]) -> Octets:
+        """Say which tokens of the vocabulary may follow: `[positions, octets]`, a copy.
 
         Raises:
             GrammarError: a language grew too large.
         """
+        found = []
         for position in positions:
             assert isinstance(position, GuidancePosition)
-            position._settle()
-        self._fill(_pending(positions))
-        rows = []
-        for position in positions:
-            assert isinstance(position, GuidancePosition) and position._mask is not None
+            if position._filling is not None or position._found is None:
+                position._settle()
+                self._fill(_pending(positions))
+            assert position._found is not None
             if position._refused:
                 raise GrammarError(position._refused)
-            rows.append(position._mask)
-        return np.array(rows)
+            found.append(position._found)
+        together = found[0][0]
+        if len(together) == len(found) and all(masks is together and row == i for i, (masks, row) in enumerate(found)):
+            return together.copy()  # in one piece: row by row it takes several times as long
+        return np.array([masks[row] for masks, row in found])
 
     def _fill(self, pending: Sequence[tuple[GuidancePosition, LLMatcher]]) -> None:
         """Ask the matchers, outside the interpreter's lock and side by side."""
         if not pending:
             return
         spelled = pending[0][0]._grammar.spelled
-        bits = np.zeros((len(pending), len(spelled)), dtype=np.int32)
+        bits = np.zeros((len(pending), spelled.shape[1]), dtype=np.uint8)
         asked = [(row, matcher) for row, (position, matcher) in enumerate(pending) if not position.has_stopped]
         if len(asked) >= SIDE_BY_SIDE:
             matchers = [(matcher, row) for row, matcher in asked]
-            self._pool().masks.unsafe_compute_mask_ptr(matchers, bits.ctypes.data, 4 * bits.shape[1], len(bits))
+            self._pool().masks.unsafe_compute_mask_ptr(matchers, bits.ctypes.data, bits.shape[1], len(bits))
         else:
             for row, matcher in asked:
                 matcher.unsafe_compute_mask_ptr(bits[row].ctypes.data, bits[row].nbytes)
@@ -141,10 +152,13 @@ class Guidance:
                 bits[row] = 0
                 pending[row][0]._refused = "" if error.startswith("NoExtension") else error  # a dead end is no fault
         for row, (position, _) in enumerate(pending):
-            position._mask = bits[row]
+            position._found = bits, row
 
     def _pool(self) -> _Threads:
         """Give this process's threads: those of a parent do not survive a fork."""
+        threads = self._threads
+        if threads.process == os.getpid():
+            return threads
         with self._lock:
             if self._threads.process != os.getpid():
                 self._threads = _Threads(os.getpid())
@@ -163,19 +177,19 @@ class _Threads:
 
 def _pending(positions: Sequence[Position]) -> list[tuple[GuidancePosition, LLMatcher]]:
     """List, each once, the positions of which nobody has asked, with their matchers."""
-    found: dict[int, tuple[GuidancePosition, LLMatcher]] = {}
+    unasked: dict[int, GuidancePosition] = {}
     for position in positions:
         assert isinstance(position, GuidancePosition)
-        if position._mask is None and position._filling is None:
-            found[id(position)] = position, position.matcher
-    return list(found.values())
+        if position._found is None and position._filling is None:
+            unasked[id(position)] = position
+    return [(position, position.matcher) for position in unasked.values()]
 
 
-def _spelled(vocabulary: Vocabulary) -> Bits:
-    """Give a bit for each token that has a text, in as many words as a mask has: one token more is the end."""
+def _spelled(vocabulary: Vocabulary) -> Octets:
+    """Give a bit for each token that has a text: `[1, octets]`, whole words of 32, in which the end has a place."""
     there = np.zeros(32 * (len(vocabulary) // 32 + 1), dtype=bool)
     there[: len(vocabulary)] = [bool(token) for token in vocabulary.tokens]
-    return np.packbits(there, bitorder="little").view(np.int32)
+    return np.packbits(there, bitorder="little")[np.newaxis]
 
 
 def _limits() -> LLParserLimits:

@@ -12,7 +12,8 @@ from concurrent.futures import Future
 
 from llguidance import LLMatcher
 
-from unspool_constrained.engine import Bits, GrammarError
+from unspool.masks import Octets
+from unspool_constrained.engine import GrammarError
 
 MOST_FORCED = 4096
 """Bytes of forced text beyond which it is not spelled out: a grammar without an end forces text for ever."""
@@ -36,10 +37,11 @@ class GuidancePosition:
         "_before",
         "_depth",
         "_filling",
+        "_found",
         "_grammar",
-        "_mask",
         "_matcher",
         "_refused",
+        "_spare",
         "_trail",
         "has_stopped",
         "may_stop",
@@ -50,8 +52,11 @@ class GuidancePosition:
     ) -> None:
         self._grammar, self._before = grammar, before
         self._matcher: LLMatcher | None = matcher
-        self._mask: Bits | None = None
+        self._found: tuple[Octets, int] | None = None
+        """The masks that were found together, `[positions, octets]`, and which of them is this position's."""
         self._filling: Future[None] | None = None
+        self._spare: list[LLMatcher] = []
+        """A copy of the matcher for the first who goes on, made while nobody waited for it."""
         self._refused = ""
         self._depth: int = 0 if before is None else before[0]._depth + 1
         self._trail: int = id(grammar) if before is None else hash((before[0]._trail, before[1]))
@@ -61,12 +66,14 @@ class GuidancePosition:
     def advance(self, token: int) -> GuidancePosition | None:
         """Give the position one token later, or None if that token cannot follow."""
         self._settle()
-        known = self._grammar.spelled if self._mask is None else self._mask
-        if self.has_stopped or not 0 <= token < 32 * len(known) or not int(known[token >> 5]) >> (token & 31) & 1:
+        masks, row = self._found or (self._grammar.spelled, 0)
+        if self.has_stopped or not 0 <= token < 8 * masks.shape[1]:
             return None
-        if self._mask is None and self.matcher.validate_tokens([token]) != 1:
+        if not masks.item(row, token >> 3) >> (token & 7) & 1:
             return None
-        after = self.matcher.deep_copy()
+        if self._found is None and self.matcher.validate_tokens([token]) != 1:
+            return None
+        after = self._copy()
         if not after.consume_token(token):
             raise GrammarError(first_line(after.get_error()))
         position = GuidancePosition(self._grammar, after, (self, token))
@@ -117,6 +124,13 @@ class GuidancePosition:
                 raise GrammarError(first_line(self._matcher.get_error()))
         return self._matcher
 
+    def _copy(self) -> LLMatcher:
+        """Give a copy of the matcher, which may be moved."""
+        try:
+            return self._spare.pop()
+        except IndexError:
+            return self.matcher.deep_copy()
+
     def _tokens(self) -> list[int]:
         tokens, position = [], self
         while position._before is not None:
@@ -129,7 +143,7 @@ class GuidancePosition:
         position = self
         while position._before is not None and (self._depth - position._depth <= REMEMBERED or position._matcher):
             if self._depth - position._depth > REMEMBERED and position._filling is None:
-                position._matcher = position._mask = None
+                position._matcher, position._found, position._spare = None, None, []
             position = position._before[0]
 
     def __eq__(self, other: object) -> bool:
@@ -153,11 +167,11 @@ class GuidanceGrammar:
 
     Args:
         matcher: before any text.
-        spelled: a bit for each token that has a text.
+        spelled: a bit for each token that has a text: `[1, octets]`.
         end: the token that stands for the end of a text; no matcher is ever given it.
     """
 
-    def __init__(self, matcher: LLMatcher, spelled: Bits, end: int) -> None:
+    def __init__(self, matcher: LLMatcher, spelled: Octets, end: int) -> None:
         self._matcher, self.spelled, self.end = matcher, spelled, end
         self._lock = threading.Lock()
 
