@@ -29,7 +29,7 @@ def learnt(seconds: dict[int, float], passes: int = 40) -> Pace:
 
 
 def estimate(pace: Pace, *tokens: int) -> list[float]:
-    return [float(value) for value in pace.seconds(np.array(tokens))]
+    return pace.seconds(tokens)
 
 
 def test_what_is_known_of_a_size_is_its_time_and_between_sizes_it_rises() -> None:

@@ -236,7 +236,7 @@ class Group:
 
     def give_up_idle_guesses(self) -> None:
         """Delete the guesses of requests that have nothing else to run: a pass for guesses alone saves none."""
-        for live in self.lives:
+        for live in self.lives if self.drafts else ():
             if all(branch.held is not None for branch in live.branches) and not live.held_drafts:
                 self._give_up_guesses_of(live)
 

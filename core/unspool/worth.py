@@ -18,11 +18,8 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
-from numpy.typing import NDArray
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from unspool.group import Draft, Group
@@ -45,8 +42,8 @@ FORGET = 1024
 """Passes after which a band that did not come again is unknown."""
 MARGIN = 0.02
 """By how much drafts must seem to make the batch faster: what is chosen for its estimate is rarely as good."""
-AHEAD, LEAST = 64, 0.02
-"""Up to so many drafts are weighed to tell what one takes where it takes least. None is worth less of a token."""
+AHEAD, LEAST = (1, 2, 4, 8, 16, 32, 64), 0.02
+"""So many drafts are weighed to tell what one takes where it takes least. None is worth less of a token."""
 TRIAL, REST, MOST_REST = 16, 32, 256
 """Steps after which it is asked whether drafts have paid, and the fewest and most for which they rest if not."""
 PATIENCE = 0.25
@@ -85,7 +82,7 @@ class Pace:
             self._level = value
         line = self._lines.setdefault(band, Line())
         if line.seen > 1:  # a hiccup of the machine moves the level only so much
-            expected = self._level + math.log(float(line.at(tokens)))
+            expected = self._level + math.log(line.at(tokens))
             value = expected + min(STARTLED, max(-STARTLED, value - expected))
             self._level += FOLLOW * (value - expected)
         line.observe(tokens, math.exp(value - self._level))
@@ -94,16 +91,17 @@ class Pace:
         for other in [band for band, last in self._last.items() if self._passes - last > FORGET]:
             del self._lines[other], self._last[other]
 
-    def seconds(self, tokens: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Estimate the seconds of passes over so many tokens, ascending: `[n]` to `[n]`.
+    def seconds(self, tokens: Sequence[int]) -> list[float]:
+        """Estimate the seconds of passes over so many tokens, ascending: a number for each.
 
         While nothing is known they are told in passes of the first, not in seconds.
         """
-        known, tokens = self.known, np.maximum(tokens, 1)
+        known, tokens = self.known, [max(count, 1) for count in tokens]
         if not known:
-            return np.maximum(1.0, tokens / max(HANDFUL, _free(float(tokens[0]))))
-        times = np.empty(len(tokens))
-        ends = [*np.searchsorted(tokens, ALIKE, side="right").tolist(), len(tokens)]
+            alike = max(HANDFUL, _free(tokens[0]))
+            return [max(1.0, count / alike) for count in tokens]
+        times, level = list[float](), math.exp(self._level)
+        ends = [*(bisect_right(tokens, most) for most in ALIKE), len(tokens)]
         for band, (begin, end) in enumerate(pairwise([0, *ends])):
             if begin == end:
                 continue
@@ -111,13 +109,15 @@ class Pace:
             line = self._lines[known[max(at, 0)]]
             if at < 0:
                 first = ALIKE[known[0] - 1] + 1
-                times[begin:end] = line.at(first) * own / first
+                each = line.at(first) * level / first
+                times += [each * count for count in own]
             elif known[at] == band:
-                times[begin:end] = line.at(own)
+                flat, rise = line.at(0) * level, line.slope * level
+                times += [flat + rise * count for count in own]
             else:
-                times[begin:end] = line.at(line.middle) * np.maximum(1.0, own / _free(line.middle))
-        result: NDArray[np.float64] = np.maximum.accumulate(times) * math.exp(self._level)
-        return result
+                alike, flat = _free(line.middle), line.at(line.middle) * level
+                times += [flat * max(1.0, count / alike) for count in own]
+        return list(accumulate(times, max))
 
 
 def _free(tokens: float) -> float:
@@ -133,7 +133,7 @@ class Line:
     """How time grows with tokens in a band: the straight line through what was seen there that is nearest to it.
 
     It neither falls nor rises faster than in proportion, and is thought to rise half as fast before passes of several
-    sizes were seen. `[n]` is a shape.
+    sizes were seen.
     """
 
     def __init__(self) -> None:
@@ -152,12 +152,17 @@ class Line:
         """Say of how many tokens its passes were, on average."""
         return self._x / self._weight
 
-    def at(self, tokens: Any) -> Any:
-        """Give the time at so many tokens: a number, or `[n]`."""
+    @property
+    def slope(self) -> float:
+        """Say what a token more takes."""
         x, y = self.middle, self._y / self._weight
         steepest = y / x
         slope = (self._xy - self._x * y + DOUBT * steepest / 2) / (self._xx - self._x * x + DOUBT)
-        return y + min(max(slope, 0.0), steepest) * (tokens - x)
+        return min(max(slope, 0.0), steepest)
+
+    def at(self, tokens: float) -> float:
+        """Give the time at so many tokens."""
+        return self._y / self._weight + self.slope * (tokens - self.middle)
 
 
 @dataclass(eq=False)
@@ -266,9 +271,10 @@ class Worth:
             trial.rest -= 1
             self.least = math.inf
             return
-        without, *with_them = self._step_seconds(np.arange(AHEAD + 1))
-        each = (np.array(with_them) - without) / np.arange(1, AHEAD + 1)
-        self.least = max(LEAST, float(self._branches / without * each.min()))
+        drafts = _ahead(plan.tokens)
+        without, *with_them = self._step_seconds([0, *drafts])
+        each = min((seconds - without) / more for more, seconds in zip(drafts, with_them, strict=True))
+        self.least = max(LEAST, self._branches / without * each)
 
     def keep_the_best(self) -> None:
         """Delete the drafts that are not worth their rows, of all groups."""
@@ -276,9 +282,13 @@ class Worth:
         if not uncertain:
             return
         uncertain.sort(key=lambda one: (-one[0], one[1].tree.length[one[2]]))  # so none stands before its parent
-        chances = self._trust * np.cumsum([0.0, *(chance for chance, _, _ in uncertain)])
-        rate = (self._branches + chances) / (self._step_seconds(self._fixed() + np.arange(len(chances))) + self._spent)
-        best = int(rate.argmax())
+        chances, fixed = list(accumulate((chance for chance, _, _ in uncertain), initial=0.0)), self._fixed()
+        times = self._step_seconds(range(fixed, fixed + len(chances)))
+        rate = [
+            (self._branches + self._trust * chance) / (seconds + self._spent)
+            for chance, seconds in zip(chances, times, strict=True)
+        ]
+        best = max(range(len(rate)), key=rate.__getitem__)
         for _, group, node in reversed(uncertain[best if rate[best] > (1 + MARGIN) * rate[0] else 0 :]):
             group.forget(node)
 
@@ -305,11 +315,11 @@ class Worth:
         if not more:
             return False
         there = self._fixed() + len(chances)
-        before, after = self._step_seconds(np.array([there, there + len(more)])) + self._spent
+        before, after = (seconds + self._spent for seconds in self._step_seconds([there, there + len(more)]))
         if lane is not None:
-            after += float(self._seconds(lane, np.array([len(more)]))[0])
+            after += self._seconds(lane, [len(more)])[0]
         tokens = self._branches + self._trust * sum(chances.values())
-        return bool((tokens + self._trust * sum(more)) / after > tokens / before)
+        return (tokens + self._trust * sum(more)) / after > tokens / before
 
     def asked(self, lane: Lane, tokens: int, seconds: float) -> None:
         """Learn from a pass of a companion that was asked."""
@@ -345,7 +355,7 @@ class Worth:
         if self._branches and (not plan.prompts or plan.tokens > ALIKE[-1]):
             self._pace.setdefault(None, Pace()).observe(self._tokens + guesses, seconds)
         if self._branches and not self.rests:
-            without, with_them = self._step_seconds(np.array([self._fixed(), guesses]))
+            without, with_them = self._step_seconds([self._fixed(), guesses])
             token = without / self._branches
             saved = gained * token - (with_them - without) - drafting
             if not self._pace.get(None, UNKNOWN).known:
@@ -357,25 +367,24 @@ class Worth:
         parent = group.drafts.get(draft.parent)
         return parent is None or parent.gained
 
-    def _seconds(self, lane: Lane | None, tokens: NDArray[np.int64]) -> NDArray[np.float64]:
+    def _seconds(self, lane: Lane | None, tokens: Sequence[int]) -> list[float]:
         pace = self._pace.get(lane, UNKNOWN)
-        return np.zeros(len(tokens)) if lane and not pace.known else pace.seconds(tokens)
+        return [0.0] * len(tokens) if lane and not pace.known else pace.seconds(tokens)
 
-    def _step_seconds(self, drafts: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Estimate the seconds of this step with so many drafts, ascending: `[n]` to `[n]`.
+    def _step_seconds(self, drafts: Sequence[int]) -> list[float]:
+        """Estimate the seconds of this step with so many drafts, ascending: a number for each.
 
         Prompts that run in it take what they take, and are not counted; but a draft beside long ones costs what each of
         their tokens does.
         """
-        tokens = self._tokens + drafts
+        tokens = [self._tokens + more for more in drafts]
         if not self._prompts:
             return self._seconds(None, tokens)
         before = max(self._tokens - self._prompts, 1), self._tokens
-        estimates = self._seconds(None, np.concatenate([before, tokens]))
-        (alone, whole), seconds = estimates[:2], estimates[2:]
-        long = self._tokens > ALIKE[-1]
-        result: NDArray[np.float64] = alone + (drafts * whole / self._tokens if long else seconds - whole)
-        return result
+        alone, whole, *seconds = self._seconds(None, [*before, *tokens])
+        if self._tokens > ALIKE[-1]:
+            return [alone + more * whole / self._tokens for more in drafts]
+        return [alone + each - whole for each in seconds]
 
     @property
     def _trust(self) -> float:
@@ -410,6 +419,11 @@ class Worth:
         """Estimate how often a draft of such confidence is right where it is reached."""
         key = _key(plugin.name if plugin else "", confidence)
         return live.record.mean(key, self._record.mean(key, confidence))
+
+
+def _ahead(tokens: int) -> list[int]:
+    """List the numbers of drafts of which one may take least: some, and those that fill a band."""
+    return sorted({*AHEAD, *(most - tokens for most in ALIKE if 0 < most - tokens < AHEAD[-1])})
 
 
 def _key(plugin: str, confidence: float) -> tuple[str, int]:
