@@ -1,18 +1,21 @@
 """Drafters against plain decoding and transformers' prompt lookup, side by side in one run, on the real model.
 
     python benchmarks/speculation.py [--dtype float32] [--batches 1,8,32] [--prompts 8] [--new 128]
-                                     [--drafters prompt_lookup,suffix] [--again] [--full] [--data FOLDER] [--json OUT]
+                                     [--drafters prompt_lookup,suffix] [--again] [--full] [--queues 3] [--data FOLDER]
+                                     [--json OUT]
 
 Prompts of Spec-Bench (summarisation and retrieval), greedy, up to `--new` tokens each, in chats of the model's own
-template. All sides take turns at the same prompts, so that a change of the machine's speed meets all. A ratio is that
-of two sides' tokens a second; the figure is the median of the rounds, with a 95 % interval by bootstrap. transformers'
-`prompt_lookup_num_tokens` takes one prompt at a time, so it is compared at batch 1 alone; there our speed after the
-first token is told too. Of larger batches most of the time is the prompts, so each round is decoded once more on an
-engine that has kept them: "prompts kept". The last of a round's texts ends alone, however much sooner the others did;
-so we tell how much sooner a text ends on average too, and decode the prompts of all rounds as one queue, so many at a
-time. `suffix` remembers nothing from one prompt to the next, but for the side that `--again` adds: there each prompt
-has been answered before. In float32 our texts must be the same with drafts and without, and those that are not are
-counted. In bfloat16 some differ, and end sooner or later: with `--full` all go on to `--new` tokens.
+template. All sides take turns at the same prompts, another one first in each round, so that a change of the machine's
+speed meets all. Plain decoding takes two turns: others are compared with their mean, and how far the two are apart
+tells what a ratio is worth. A ratio is that of two sides' tokens a second; the figure is the median of the rounds, with
+a 95 % interval by bootstrap. transformers' `prompt_lookup_num_tokens` takes one prompt at a time, so it is compared at
+batch 1 alone; there our speed after the first token is told too. Of larger batches most of the time is the prompts, so
+each round is decoded once more on an engine that has kept them: "prompts kept". The last of a round's texts ends alone,
+however much sooner the others did; so we tell how much sooner a text ends on average too, and decode the prompts of all
+rounds as one queue, so many at a time. `suffix` remembers nothing from one prompt to the next, but for the side that
+`--again` adds: there each prompt has been answered before. In float32 our texts must be the same with drafts and
+without, and those that are not are counted. In bfloat16 some differ, and end sooner or later: with `--full` all go on
+to `--new` tokens.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import os
 import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +39,7 @@ import unspool
 from unspool.huggingface.load import local_folder
 
 CATEGORIES = ("summarization", "rag")
-PLAIN = "plain"
+PLAIN, PLAIN_TOO = "plain", "plain once more"
 THEIRS = "transformers"
 THEIR_LOOKUP = "transformers prompt lookup"
 
@@ -143,7 +146,7 @@ def interval(ratios: Sequence[float]) -> tuple[float, float, float]:
 
 def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Let all sides take turns."""
-    sides = {PLAIN: [], **{name: name.split("+") for name in options.drafters.split(",")}}
+    sides = {PLAIN: [], PLAIN_TOO: [], **{name: name.split("+") for name in options.drafters.split(",")}}
     if options.again:
         sides[AGAIN] = [AGAIN]
     kept = {batch: decoded(options, batch, sides) for batch in options.batches if batch > 1}
@@ -154,8 +157,8 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
     for batch in options.batches:
         warm(ours, batch, sides)
         said: list[dict[str, Said]] = []
-        for round_ in rounds_of(options, batch):
-            turns = in_turn(ours, round_, sides)
+        for number, round_ in enumerate(rounds_of(options, batch)):
+            turns = in_turn(ours, number, round_, sides)
             if batch == 1:
                 turns[THEIRS] = theirs.say(round_[0], None)
                 turns[THEIR_LOOKUP] = theirs.say(round_[0], options.lookup)
@@ -172,28 +175,29 @@ def decoded(
     """Let all sides take turns where prompts were kept, on an engine alone: threads of two are in each other's way.
 
     Returns:
-        What came of each round, and as often of all rounds as one queue.
+        What came of each round, and of all rounds as one queue, `--queues` times.
     """
     ours = Ours(options, keeps=True, at_once=batch)
     warm(ours, batch, sides)
     rounds, said = rounds_of(options, batch), []
-    for round_ in rounds:
+    for number, round_ in enumerate(rounds):
         ours.say(round_, [], new=1)
-        said.append(in_turn(ours, round_, sides))
+        said.append(in_turn(ours, number, round_, sides))
     queue = [prompt for round_ in rounds for prompt in round_]
-    queued = [in_turn(ours, queue, sides) for _ in rounds]
+    queued = [in_turn(ours, number, queue, sides) for number in range(options.queues)]
     ours.engine.close()
     return said, queued
 
 
-def in_turn(ours: Ours, prompts: Sequence[str], sides: dict[str, list[str]]) -> dict[str, Said]:
-    """Decode a round by each side."""
-    said = {}
-    for name, drafters in sides.items():
+def in_turn(ours: Ours, number: int, prompts: Sequence[str], sides: dict[str, list[str]]) -> dict[str, Said]:
+    """Decode a round by each side; which one is first depends on the number of the round."""
+    names, said = list(sides), {}
+    first = number % len(names)
+    for name in names[first:] + names[:first]:
         if name == AGAIN:
-            ours.say(prompts, drafters)
-        said[name] = ours.say(prompts, drafters)
-    return said
+            ours.say(prompts, sides[name])
+        said[name] = ours.say(prompts, sides[name])
+    return {name: said[name] for name in names}
 
 
 def rounds_of(options: argparse.Namespace, batch: int) -> list[list[str]]:
@@ -221,28 +225,30 @@ def row_of(
     row["tok/s"] = round(statistics.median(each.tokens / each.seconds for each in own), 2)
     for other in (PLAIN, THEIRS, THEIR_LOOKUP):
         if other in said[0] and other != name:
-            beside = [turns[other] for turns in said]
-            ratios = [_speed(a) / _speed(b) for a, b in zip(own, beside, strict=True)]
-            row[f"/ {other}"] = [round(value, 2) for value in interval(ratios)]
+            row[f"/ {other}"] = ratio(said, name, other, _speed)
     if batch == 1 and own[0].passes:
-        plain = [turns[PLAIN] for turns in said]
         row["after the first token"] = round(statistics.median(_pace(each) for each in own), 2)
-        paces = [_pace(a) / _pace(b) for a, b in zip(own, plain, strict=True)]
-        row["/ plain, after the first token"] = [round(value, 2) for value in interval(paces)]
+        if name != PLAIN:
+            row["/ plain, after the first token"] = ratio(said, name, PLAIN, _pace)
     for how, turns_there in (("prompts kept", kept), ("a queue of them", queued)):
         if turns_there:
             row[f"tok/s, {how}"] = round(statistics.median(_speed(turns[name]) for turns in turns_there), 2)
         if turns_there and name != PLAIN:
-            ratios = [_speed(turns[name]) / _speed(turns[PLAIN]) for turns in turns_there]
-            row[f"/ plain, {how}"] = [round(value, 2) for value in interval(ratios)]
+            row[f"/ plain, {how}"] = ratio(turns_there, name, PLAIN, _speed)
     if kept and name != PLAIN:
-        ratios = [turns[PLAIN].each / turns[name].each for turns in kept]
-        row["times as soon ends a text, prompts kept"] = [round(value, 2) for value in interval(ratios)]
+        row["times as soon ends a text, prompts kept"] = ratio(kept, name, PLAIN, lambda said: 1 / said.each)
     if passes := sum(each.passes for each in own):
         row["tokens a pass"] = round(sum(each.tokens for each in own) / passes, 2)
         row["accepted"] = sum(each.accepted for each in own)
     print(json.dumps(row), flush=True)
     return row
+
+
+def ratio(said: Sequence[dict[str, Said]], name: str, other: str, what: Callable[[Said], float]) -> list[float]:
+    """Compare a side with another, plain decoding with the mean of its turns: median and interval of the rounds."""
+    beside = [side for side in (other, *([PLAIN_TOO] if other == PLAIN else [])) if side != name]
+    ratios = [what(turns[name]) / statistics.mean(what(turns[side]) for side in beside) for turns in said]
+    return [round(value, 2) for value in interval(ratios)]
 
 
 def _speed(said: Said) -> float:
@@ -261,6 +267,7 @@ def main() -> None:
     parser.add_argument("--batches", type=lambda text: [int(n) for n in text.split(",")], default=[1, 8, 32])
     parser.add_argument("--prompts", type=int, default=8, help="prompts at batch 1")
     parser.add_argument("--rounds", type=int, default=3, help="rounds at larger batches")
+    parser.add_argument("--queues", type=int, default=3, help="times that all rounds are decoded as one queue")
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--lookup", type=int, default=10, help="transformers' prompt_lookup_num_tokens")
     parser.add_argument("--drafters", default="prompt_lookup,suffix", help="`a+b` is both together")
