@@ -59,7 +59,7 @@ def gumbel(keys: Tensor, vocab: int, dtype: torch.dtype) -> Tensor:
     With v uniform in (0, 1) of 31 bits, -log(-log1p(-v)): the upper tail, which decides who wins, keeps full precision.
     """
     if keys.device.type == "cpu":
-        return _gumbel_by_row(keys, vocab, dtype)
+        return _gumbel_by_rows(keys, vocab, dtype)
     token = torch.arange(vocab, device=keys.device, dtype=torch.int32)
     low, high = _halves(keys)
     return _to_gumbel(_whole(_mix32(_mix32(token ^ low.unsqueeze(1)) ^ high.unsqueeze(1))).to(dtype))
@@ -124,18 +124,27 @@ def _to_gumbel(whole: Tensor) -> Tensor:
     return v.neg_().log1p_().neg_().log_().neg_()
 
 
-def _gumbel_by_row(keys: Tensor, vocab: int, dtype: torch.dtype) -> Tensor:
-    """Give the same on a CPU: row by row, in arrays that stay in the processor's cache."""
+_AT_ONCE = 1 << 16
+"""Tokens of whose noise the hashes stay in the processor's cache."""
+
+
+def _gumbel_by_rows(keys: Tensor, vocab: int, dtype: torch.dtype) -> Tensor:
+    """Give the same on a CPU: some rows at a time, in arrays that stay in the processor's cache."""
     noise = torch.empty(len(keys), vocab, dtype=dtype)
-    token = np.arange(vocab, dtype=np.uint32)
-    value, shifted = np.empty_like(token), np.empty_like(token)
-    for row, key in zip(noise, keys.numpy().view(np.uint64).tolist(), strict=True):
-        np.bitwise_xor(token, np.uint32(key & 0xFFFFFFFF), out=value)
+    token, halves = np.arange(vocab, dtype=np.uint32), keys.numpy().view(np.uint64)[:, np.newaxis]
+    low, high = (halves & 0xFFFFFFFF).astype(np.uint32), (halves >> 32).astype(np.uint32)
+    rows = min(len(keys), max(1, _AT_ONCE // vocab))
+    values, room = np.empty((2, rows, vocab), dtype=np.uint32)
+    for begin in range(0, len(keys), rows or 1):
+        block = slice(begin, begin + rows)
+        count = len(low[block])
+        value, shifted = values[:count], room[:count]
+        np.bitwise_xor(token, low[block], out=value)
         _mix32_into(value, shifted)
-        np.bitwise_xor(value, np.uint32(key >> 32), out=value)
+        np.bitwise_xor(value, high[block], out=value)
         _mix32_into(value, shifted)
         np.right_shift(np.bitwise_xor(value, np.uint32(1 << 31), out=value), np.uint32(1), out=value)
-        _to_gumbel(row.copy_(torch.from_numpy(value.view(np.int32))))
+        _to_gumbel(noise[block].copy_(torch.from_numpy(value.view(np.int32))))
     return noise
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import pluggy
@@ -33,7 +33,14 @@ class PluginSpec:
     params: Mapping[str, Any] = field(default_factory=dict)
 
 
-_NO_HOOKS = frozenset(dir(Plugin))
+@lru_cache(maxsize=1024)
+def _no_hooks(kind: type[object]) -> frozenset[str]:
+    """List the attributes of a class of plugins that implement no hook."""
+    look = pluggy.PluginManager("unspool").parse_hookimpl_opts
+    return frozenset(name for name in dir(kind) if name in _COMMON or look(kind, name) is None)
+
+
+_COMMON = frozenset(dir(Plugin))
 """What every plugin has."""
 
 
@@ -47,9 +54,14 @@ class _Manager(pluggy.PluginManager):
             self.register(plugin, plugin.name)
         self.check_pending()
 
+    # pluggy asks about every attribute, and its answer takes long.
+
+    def parse_hookspec_opts(self, module_or_class: Any, name: str) -> Any:
+        return super().parse_hookspec_opts(module_or_class, name) if name in HOOKS else None
+
     def parse_hookimpl_opts(self, plugin: Any, name: str) -> Any:
-        if name in _NO_HOOKS:
-            return None  # pluggy asks about every attribute, and its answer takes long
+        if name in _no_hooks(type(plugin)):  # type: ignore[arg-type]  # to mypy no class is hashable
+            return None
         options = super().parse_hookimpl_opts(plugin, name)
         if options is not None and name == "logits_transform" and plugin.constraint:
             return {**options, "tryfirst": True}  # a copy: pluggy's own belongs to the function, and others inherit it

@@ -82,8 +82,9 @@ class Registry:
     def installed(cls) -> Registry:
         """Read the entry points of all installed distributions. Import none of them."""
         points = sorted(importlib.metadata.entry_points(group=GROUP), key=lambda point: point.name)
-        owners = [(point.dist.name, point.dist.version) if point.dist else ("", "") for point in points]
-        return cls(Entry(point.name, point.value, *owner) for point, owner in zip(points, owners, strict=True))
+        distributions = {id(point.dist): point.dist for point in points}  # each once: its name is read from a file
+        owners = {of: (each.name, each.version) if each else ("", "") for of, each in distributions.items()}
+        return cls(Entry(point.name, point.value, *owners[id(point.dist)]) for point in points)
 
     def with_plugins(self, plugins: dict[str, type[Plugin]]) -> Registry:
         """Give a registry that also knows these classes (for tests and for scripts that register nothing)."""
