@@ -245,6 +245,8 @@ struct Finish {
       : scales(all_scales ? all_scales + first : nullptr), biases(all_biases ? all_biases + first : nullptr),
         columns(wanted) {}
 
+  bool nothing() const { return !scales && !biases; }
+
   // Of the vector of columns from n.
   [[gnu::always_inline]] Vector of(Vector sum, int64_t n) const {
     const Vector scaled = scales ? sum * some(scales + n, columns - n, 1.0f) : sum;
@@ -257,6 +259,13 @@ inline void write_down(Vector sum, int64_t wanted, at::BFloat16* to) {
   if (wanted >= W) return Element<at::BFloat16>::store(to, sum);
   const __mmask16 some = (1u << wanted) - 1;
   _mm256_mask_storeu_epi16(to, some, reinterpret_cast<__m256i>(halved(sum)));
+}
+
+// Write down all columns of a group, of sums to which nothing is done.
+inline void write_down(const float* sums, at::BFloat16* to) {
+  static_assert(VECTORS == 2);
+  const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(sums + W), _mm512_loadu_ps(sums));
+  _mm512_storeu_si512(to, reinterpret_cast<__m512i>(both));
 }
 
 // Ask memory for what is read some blocks later. It comes into the second cache.
@@ -370,6 +379,8 @@ void by_tiles(const at::BFloat16* rows, int64_t depth, const Group<Weights>& gro
       std::memcpy(static_cast<void*>(to), rows + (r + 1) * depth - left, left * sizeof *rows);
       std::memset(static_cast<void*>(to + left), 0, (tiles::DEEP - left) * sizeof *rows);
     }
+  // Rows of the output lie far apart, and what is written to has to come first: meanwhile there is much to multiply.
+  for (int64_t r = 0; r < count; ++r) __builtin_prefetch(output + r * width, 1);
   tiles::clear();
   const Stray* stray = group.stray;
   if (!near) stray = write_panel(group, 0, pairs, stray, panel(0));
@@ -385,9 +396,16 @@ void by_tiles(const at::BFloat16* rows, int64_t depth, const Group<Weights>& gro
   }
   alignas(64) float sums[2 * tiles::ROWS][COLUMNS];
   tiles::keep(*sums, COLUMNS, second);
-  for (int64_t r = 0; r < count; ++r)
+  tiles::written();
+  const bool at_once = finish.nothing() && columns == COLUMNS;
+  for (int64_t r = 0; r < count; ++r) {
+    if (at_once) {
+      write_down(sums[r], output + r * width);
+      continue;
+    }
     for (int v = 0; v < VECTORS && v * W < columns; ++v)
       write_down(finish.of(Element<float>::load(sums[r] + v * W), v * W), columns - v * W, output + r * width + v * W);
+  }
 }
 #endif
 
