@@ -292,6 +292,17 @@ def test_rows_that_are_free_only_after_others_are_not_free() -> None:
     assert worth.least == pytest.approx(32 / 0.032 * 0.032 / 64, rel=0.05)
 
 
+def test_drafts_that_fill_a_band_are_weighed_whatever_their_number() -> None:
+    """Five tokens take 10 ms, 9 to 64 take 20: one draft takes least where there are 59, which is no power of two."""
+    worth, plan = Worth(), Plan(ready=[SimpleNamespace(branches=range(5), order=0)])  # type: ignore[list-item]
+    for plan.tokens, seconds in ((2, 0.007), (8, 0.013), (12, 0.02), (64, 0.02), (100, 0.04)) * 10:
+        worth.begin(plan, [])
+        worth.learn(plan, 0.0, seconds)
+    plan.tokens = 5
+    worth.begin(plan, [])
+    assert worth.least == pytest.approx(5 / 0.01 * 0.01 / 59, rel=0.05)
+
+
 def test_beside_a_short_prompt_a_draft_costs_what_a_longer_pass_does() -> None:
     """A pass of 8 tokens takes no longer than one of 2: nor does one of 8 of which one is of a prompt."""
     worth, plan = Worth(), Plan(ready=[SimpleNamespace(branches=range(1), order=0)])  # type: ignore[list-item]
