@@ -165,7 +165,7 @@ def test_products_are_right_and_each_row_is_its_own(integers: bool, depth: int, 
         weight = torch.randint(-127, 128, (width, depth), generator=random, dtype=torch.int8)
         scale = torch.rand(width, generator=random) / 127
     laid = torch.ops.unspool.lay_out(weight)
-    for count in (*range(1, 20), 32, 33, 64, 67, 130, 200, 601):
+    for count in (*range(1, 20), 32, 33, 64, 67, 130, 200, 601, 1001):
         torch.set_num_threads(1 + count % 3)
         rows = torch.randn(count, depth, generator=random).bfloat16()
         exact = rows.double() @ (weight.double() * (1 if scale is None else scale.double()[:, None])).T
@@ -217,7 +217,9 @@ def test_every_integer_is_read_as_itself_wherever_it_stands() -> None:
 
 @pytest.mark.parametrize("width", [32, 96, 320])
 @pytest.mark.parametrize("kind", ["integers", "codes", "halves"])
-def test_a_gated_product_is_silu_of_the_one_times_the_other_and_each_row_is_its_own(kind: str, width: int) -> None:
+def test_a_gated_product_is_silu_of_the_one_times_the_other_and_each_row_is_its_own(
+    kind: str, width: int, threads: None
+) -> None:
     if not kernel.multiplies():
         pytest.skip("the processor does not multiply bfloat16")
     depth, scale = 160, None
@@ -235,7 +237,8 @@ def test_a_gated_product_is_silu_of_the_one_times_the_other_and_each_row_is_its_
 
     laid, scales = torch.ops.unspool.lay_out(by_turns(weight)), None if scale is None else by_turns(scale)
     assert laid.dtype == {"integers": torch.int8, "codes": torch.uint8, "halves": torch.bfloat16}[kind]
-    for count in (1, 2, 5, 12, 13, 24, 47, 48, 100, 150):
+    for count in (1, 2, 5, 12, 13, 24, 47, 48, 49, 100, 151, 153, 3401):  # threads get unequal shares of some
+        torch.set_num_threads(1 + count % 3)
         rows = torch.randn(count, depth).bfloat16()
         both = rows.double() @ (weight.double() * (1 if scale is None else scale.double()[:, None])).T
         for added, turned in ((None, None), (bias, by_turns(bias))):

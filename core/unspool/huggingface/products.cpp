@@ -16,7 +16,8 @@
 // group beside group, and joined before they are written down.
 //
 // Where the processor has tiles (`tiles.h`), up to 32 rows are multiplied with a group at once. Its weights are written down
-// as tiles just before, once for all rows that a thread has.
+// as tiles just before, once for all rows that a thread has. What is left to do with the sums is done while the next rows, or
+// the next group, are multiplied.
 //
 // All sums are float32, and each runs over the row in the same order, however many rows there are: a row's product is the
 // same to the last bit beside any others. There are no such operators where the processor does not multiply pairs, or has
@@ -49,11 +50,12 @@ constexpr int64_t VECTORS = 2;            // of sums beside each other
 constexpr int64_t COLUMNS = VECTORS * W;  // in a group
 constexpr int64_t TALL = 12;              // rows whose sums the registers hold
 constexpr int64_t MOST = 32;              // rows whose sums tiles hold
+constexpr int64_t LEAST = 2;              // rows of them that are finished at once
 constexpr int64_t STRIDE = 8;             // numbers of a row that are multiplied in a round
 constexpr int64_t LINE = 64;              // bytes that memory gives at once
 constexpr int64_t AHEAD = 6144;           // bytes
 constexpr int64_t APART = 2;              // times as many for each thread, from which on each has rows of its own,
-constexpr int64_t TILES_APART = 8;        // or with tiles, which need weights turned for each thread
+constexpr int64_t TOGETHER = 1 << 20;     // or with tiles: bytes of all rows
 constexpr int64_t RARE = 16;              // places of a row for each stray that a group may have
 
 // How weights of a group are read: `AT_ONCE` pairs of each column together, from a *block*.
@@ -261,11 +263,26 @@ inline void write_down(Vector sum, int64_t wanted, at::BFloat16* to) {
   _mm256_mask_storeu_epi16(to, some, reinterpret_cast<__m256i>(halved(sum)));
 }
 
-// Write down all columns of a group, of sums to which nothing is done.
-inline void write_down(const float* sums, at::BFloat16* to) {
-  static_assert(VECTORS == 2);
-  const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(sums + W), _mm512_loadu_ps(sums));
+// Write down two vectors, one beside the other.
+inline void write_down(Vector first, Vector second, at::BFloat16* to) {
+  const __m512bh both = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(second), reinterpret_cast<__m512>(first));
   _mm512_storeu_si512(to, reinterpret_cast<__m512i>(both));
+}
+
+// x / (1 + exp(-x)), to within a ten-thousandth: a fortieth of what is lost when it is rounded.
+inline Vector silu(Vector x) {
+  auto wide = [](Vector v) { return reinterpret_cast<__m512>(v); };
+  // The logarithm of exp(-x) to the base of 2, or what gives as little; NaN stays.
+  const __m512 some = _mm512_max_ps(_mm512_set1_ps(-126.0f), wide(x * -1.44269504088896341f));
+  const __m512 log = _mm512_min_ps(_mm512_set1_ps(256.0f), some);
+  const __m512 whole = _mm512_roundscale_ps(log, _MM_FROUND_TO_NEAREST_INT);
+  const Vector r = reinterpret_cast<Vector>(log) - reinterpret_cast<Vector>(whole);
+  Vector y = r * 9.618129e-3f + 5.550411e-2f;  // the first powers of log(2), over factorials: 2 to the power of r
+  y = y * r + 2.4022651e-1f;
+  y = y * r + 6.9314718e-1f;
+  y = y * r + 1.0f;
+  const Vector power = reinterpret_cast<Vector>(_mm512_scalef_ps(wide(y), whole));
+  return x * reinterpret_cast<Vector>(_mm512_rcp14_ps(wide(power + 1.0f)));
 }
 
 // Ask memory for what is read some blocks later. It comes into the second cache.
@@ -338,6 +355,7 @@ void tile_of(int64_t count, const Arguments&... arguments) {
 
 #if defined(UNSPOOL_TILES)
 constexpr int64_t PANEL = VECTORS * tiles::SIZE;  // bytes of the weights of a group that are in tiles at once
+constexpr int64_t KEPT = 40 << 10;                // bytes that the first cache keeps while others pass
 
 // Write down as tiles what is left of a group's weights from a pair on, with its strays from `stray` on, zeros where there
 // are no more. Gives the first stray that lies behind.
@@ -363,14 +381,85 @@ const Stray* write_panel(const Group<Weights>& group, int64_t from, int64_t end,
   return stray;
 }
 
-// As `tile` does, for up to two tiles of rows. Panels of the group are written one ahead of their use; into two by turns,
-// unless other rows need them as well.
+// What is due after tiles have summed up: sums of some rows with a group are written down, or become factors of what a gate
+// lets through, or are multiplied by these first. A few rows are finished at a time, while the next are multiplied: a
+// processor does both at once.
+class Due {
+ public:
+  Due() = default;
+  Due(const Due&) = delete;
+  Due& operator=(const Due&) = delete;
+  ~Due() { go_on(left()); }
+
+  float* sums() { return *sums_; }
+  int64_t left() const { return count_ - row_; }
+
+  // So many rows of sums are there. Nothing may be left of those before.
+  void write(int64_t count, const Finish& finish, at::BFloat16* to, int64_t width) {
+    begin(count, finish, nullptr, to, width);
+  }
+  void open(int64_t count, const Finish& finish, at::BFloat16* factors) { begin(count, finish, factors, nullptr, 0); }
+  void let_through(int64_t count, const Finish& finish, at::BFloat16* factors, at::BFloat16* to, int64_t width) {
+    begin(count, finish, factors, to, width);
+  }
+
+  // Finish up to so many rows.
+  void go_on(int64_t rows) {
+    const int64_t from = row_, end = std::min(count_, from + rows);
+    row_ = end;
+    if (!factors_) {
+      for (int64_t r = from; r < end; ++r) write_down_all(sums_[r], to_ + r * width_);
+    } else if (!to_) {
+      for (int64_t r = from; r < end; ++r)
+        both(factors_ + r * COLUMNS, [&](int v) { return silu(finished(sums_[r], v)); });
+    } else {
+      for (int64_t r = from; r < end; ++r)
+        both(to_ + r * width_, [&](int v) {
+          return Element<at::BFloat16>::load(factors_ + r * COLUMNS + v * W) * finished(sums_[r], v);
+        });
+    }
+  }
+
+ private:
+  void begin(int64_t count, const Finish& finish, at::BFloat16* factors, at::BFloat16* to, int64_t width) {
+    row_ = 0;
+    count_ = count;
+    finish_ = finish;
+    factors_ = factors;
+    to_ = to;
+    width_ = width;
+  }
+
+  [[gnu::always_inline]] Vector finished(const float* sums, int v) const {
+    return finish_.of(Element<float>::load(sums + v * W), v * W);
+  }
+
+  template <typename Of>
+  [[gnu::always_inline]] static void both(at::BFloat16* to, Of of) {
+    static_assert(VECTORS == 2);
+    const Vector first = of(0);
+    write_down(first, of(1), to);
+  }
+
+  [[gnu::always_inline]] void write_down_all(const float* sums, at::BFloat16* to) const {
+    if (finish_.columns == COLUMNS) return both(to, [&](int v) { return finished(sums, v); });
+    for (int v = 0; v < VECTORS && v * W < finish_.columns; ++v)
+      write_down(finished(sums, v), finish_.columns - v * W, to + v * W);
+  }
+
+  alignas(64) float sums_[MOST][COLUMNS];
+  Finish finish_{nullptr, nullptr, 0, 0};
+  at::BFloat16 *factors_ = nullptr, *to_ = nullptr;
+  int64_t width_ = 0, row_ = 0, count_ = 0;
+};
+
+// Sum up what up to two tiles of rows and a group give; what is due is finished meanwhile. Panels of the group are written
+// one ahead of their use; into two by turns, unless other rows need them as well.
 template <typename Weights>
 void by_tiles(const at::BFloat16* rows, int64_t depth, const Group<Weights>& group, bool near, bool again, char* panels,
-              int64_t count, const Finish& finish, int64_t columns, at::BFloat16* output, int64_t width) {
-  static_assert(VECTORS == 2);
+              int64_t count, Due& due) {
   const int64_t pairs = depth / 2, all = (pairs + tiles::ROWS - 1) / tiles::ROWS, left = depth % tiles::DEEP;
-  const bool second = count > tiles::ROWS, keep = near || again;
+  const bool second = count > tiles::ROWS, keep = near || again, pass = keep && all * PANEL <= KEPT;
   auto panel = [&](int64_t number) { return panels + (keep ? number : number % 2) * PANEL; };
   alignas(64) at::BFloat16 rest[2 * tiles::ROWS * tiles::DEEP];  // the ends of rows, with zeros after them
   if (left)
@@ -379,8 +468,7 @@ void by_tiles(const at::BFloat16* rows, int64_t depth, const Group<Weights>& gro
       std::memcpy(static_cast<void*>(to), rows + (r + 1) * depth - left, left * sizeof *rows);
       std::memset(static_cast<void*>(to + left), 0, (tiles::DEEP - left) * sizeof *rows);
     }
-  // Rows of the output lie far apart, and what is written to has to come first: meanwhile there is much to multiply.
-  for (int64_t r = 0; r < count; ++r) __builtin_prefetch(output + r * width, 1);
+  const int64_t pace = std::max(LEAST, (due.left() + all - 1) / all);
   tiles::clear();
   const Stray* stray = group.stray;
   if (!near) stray = write_panel(group, 0, pairs, stray, panel(0));
@@ -389,72 +477,73 @@ void by_tiles(const at::BFloat16* rows, int64_t depth, const Group<Weights>& gro
       stray = write_panel(group, (number + 1) * tiles::ROWS, pairs, stray, panel(number + 1));
     const bool whole = (number + 1) * tiles::DEEP <= depth;
     const at::BFloat16* x = whole ? rows + number * tiles::DEEP : rest;
-    const char* weights = panel(number);
     tiles::written();
-    tiles::take(weights, weights + tiles::SIZE, tiles::BYTES);
-    tiles::multiply(x, whole ? depth : tiles::DEEP, second);
+    tiles::multiply(panel(number), x, whole ? depth : tiles::DEEP, second, pass);
+    if (number && due.left()) due.go_on(pace);
   }
-  alignas(64) float sums[2 * tiles::ROWS][COLUMNS];
-  tiles::keep(*sums, COLUMNS, second);
+  due.go_on(due.left());
+  tiles::keep(due.sums(), COLUMNS, second);
   tiles::written();
-  const bool at_once = finish.nothing() && columns == COLUMNS;
-  for (int64_t r = 0; r < count; ++r) {
-    if (at_once) {
-      write_down(sums[r], output + r * width);
-      continue;
-    }
-    for (int v = 0; v < VECTORS && v * W < columns; ++v)
-      write_down(finish.of(Element<float>::load(sums[r] + v * W), v * W), columns - v * W, output + r * width + v * W);
-  }
 }
 #endif
 
-// What a thread multiplies with: if by tiles, their shape and room for panels.
+// Rows from one on.
+struct Rows {
+  int64_t first, count;
+};
+
+// Call `what(some, near, again)` for some rows after others, no more than so many each: whether the weights were read for
+// others just before, and will be for others next.
+template <typename What>
+void in_parts(const Rows& rows, int64_t most, What what) {
+  const int64_t parts = (rows.count + most - 1) / most;
+  for (int64_t p = 0; p < parts; ++p) {
+    const int64_t first = rows.count * p / parts, end = rows.count * (p + 1) / parts;
+    what(Rows{rows.first + first, end - first}, p > 0, p + 1 < parts);
+  }
+}
+
+// What a thread multiplies with: if by tiles, their shape, what is due, and room.
 struct Hands {
 #if defined(UNSPOOL_TILES)
   tiles::Shaped shaped;
+  Due due;
 
-  // Room for all panels of one group, or of two at a time.
-  char* room(int64_t depth, int which) {
-    return rooms_[which].of(((depth + tiles::DEEP - 1) / tiles::DEEP + 1) * PANEL);
-  }
+  // For all panels of a group, or two at a time.
+  char* panels(int64_t depth) { return rooms_.panels.of(((depth + tiles::DEEP - 1) / tiles::DEEP + 1) * PANEL); }
+
+  // For the factors that a gate makes of so many rows. It has to be enough for all: what is due has some of it.
+  at::BFloat16* factors(int64_t count) { return rooms_.factors.of(count * COLUMNS); }
 
  private:
-  static Room<char>* own() {
-    thread_local Room<char> rooms[2];
+  struct Rooms {
+    Room<char> panels;
+    Room<at::BFloat16> factors;
+  };
+
+  static Rooms& own() {
+    thread_local Rooms rooms;
     return rooms;
   }
 
-  Room<char>* rooms_ = own();
+  Rooms& rooms_ = own();
 #endif
 };
 
-// Some rows, from one on: whether the weights were read for others just before, and will be for others next.
-struct Some {
-  int64_t row, count;
-  bool near, again;
-};
-
-// Share out so many rows and units of columns among the threads: `make(unit, hands)` gives what multiplies some rows.
+// Share out so many rows and units of columns among the threads: `multiply(unit, rows, hands)`.
 //
-// Many rows are shared out as they are by what comes before and after: each thread has its own at hand. So are some where
-// there are too few units for all threads.
-template <typename Make>
-void share_out(int64_t count, int64_t units, Make make) {
-  const int64_t tall = in_tiles() ? MOST : TALL, apart = in_tiles() ? TILES_APART : APART;
-  const int64_t threads = at::get_num_threads(), fair = 4 * threads, most = (count + tall - 1) / tall;
-  const int64_t shares = count >= apart * tall * threads ? threads
-                         : units >= fair                 ? 1
-                                                         : std::min(most, (fair + units - 1) / units);
+// Many rows are shared out as they are by what comes before and after: each thread has its own at hand. With tiles that is
+// worth it from where a thread's second cache is full of all rows; up to there weights are written down as tiles once, not
+// once a thread. Rows are shared out as well where there are too few units for all threads.
+template <typename Multiply>
+void share_out(int64_t count, int64_t depth, int64_t units, Multiply multiply) {
+  const int64_t threads = at::get_num_threads(), tall = in_tiles() ? MOST : TALL;
+  const int64_t fair = 4 * threads, most = (count + tall - 1) / tall;
+  const bool many = count >= APART * tall * threads && (!in_tiles() || count * depth * 2 >= TOGETHER);
+  const int64_t shares = many ? threads : units >= fair ? 1 : std::min(most, (fair + units - 1) / units);
   each<Hands>(units * shares, [&](int64_t task, Hands& hands) {
-    const int64_t share = task / units;
-    const int64_t start = count * share / shares, here = count * (share + 1) / shares - start;
-    const int64_t parts = (here + tall - 1) / tall;
-    auto multiply = make(task % units, hands);
-    for (int64_t p = 0; p < parts; ++p) {
-      const int64_t row = start + here * p / parts;
-      multiply(Some{row, start + here * (p + 1) / parts - row, p > 0, p + 1 < parts});
-    }
+    const int64_t share = task / units, first = count * share / shares;
+    multiply(task % units, Rows{first, count * (share + 1) / shares - first}, hands);
   });
 }
 
@@ -468,68 +557,78 @@ struct Product {
   const at::BFloat16* biases;
   bool tiled = in_tiles();
 
-  // What multiplies with a group, the first or the second that a thread has in hand.
   template <typename Weights>
-  auto group(int64_t number, int64_t columns, Hands& hands, int which = 0) const {
-    const Finish finish(scales, biases, number * COLUMNS, columns);
-    const Group<Weights> group(laid + number * record, depth);
-    return [=, *this, &hands](const Some& some, at::BFloat16* to, int64_t width) {
-      const at::BFloat16* first = rows + some.row * depth;
-#if defined(UNSPOOL_TILES)
-      if (tiled) {
-        hands.shaped.hold(some.count);
-        char* panels = hands.room(depth, which);
-        return by_tiles(first, depth, group, some.near, some.again, panels, some.count, finish, columns, to, width);
-      }
-#endif
-      tile_of<Weights>(some.count, first, depth, group, some.near, finish, columns, to, width);
-    };
+  Group<Weights> group(int64_t number) const {
+    return Group<Weights>(laid + number * record, depth);
   }
+
+  Finish finish(int64_t number, int64_t columns) const { return Finish(scales, biases, number * COLUMNS, columns); }
+
+#if defined(UNSPOOL_TILES)
+  // Sum up rows with a group, some after others: `then(some)` begins what is due of these.
+  template <typename Weights, typename Then>
+  void by_tiles_with(const Group<Weights>& group, const Rows& all, Hands& hands, Then then) const {
+    char* panels = hands.panels(depth);
+    in_parts(all, MOST, [&](const Rows& some, bool near, bool again) {
+      hands.shaped.hold(some.count);
+      by_tiles(rows + some.first * depth, depth, group, near, again, panels, some.count, hands.due);
+      then(some);
+    });
+  }
+#endif
 };
 
 template <typename Weights>
 void multiply(const Product& product, at::BFloat16* to, int64_t width) {
-  share_out(product.count, product.groups, [&](int64_t number, Hands& hands) {
-    const int64_t first = number * COLUMNS;
-    const auto group = product.group<Weights>(number, std::min(COLUMNS, width - first), hands);
-    return [=](const Some& some) { group(some, to + some.row * width + first, width); };
+  const int64_t depth = product.depth;
+  share_out(product.count, depth, product.groups, [&](int64_t number, const Rows& rows, Hands& hands) {
+    at::BFloat16* columns = to + number * COLUMNS;
+    const Finish finish = product.finish(number, std::min(COLUMNS, width - number * COLUMNS));
+    const auto group = product.group<Weights>(number);
+#if defined(UNSPOOL_TILES)
+    if (product.tiled)
+      return product.by_tiles_with(group, rows, hands, [&](const Rows& some) {
+        hands.due.write(some.count, finish, columns + some.first * width, width);
+      });
+#endif
+    in_parts(rows, TALL, [&](const Rows& some, bool near, bool) {
+      tile_of<Weights>(some.count, product.rows + some.first * depth, depth, group, near, finish, finish.columns,
+                       columns + some.first * width, width);
+    });
   });
-}
-
-// x / (1 + exp(-x)), to within a ten-thousandth: a fortieth of what is lost when it is rounded.
-inline Vector silu(Vector x) {
-  auto wide = [](Vector v) { return reinterpret_cast<__m512>(v); };
-  // The logarithm of exp(-x) to the base of 2, or what gives as little; NaN stays.
-  const __m512 some = _mm512_max_ps(_mm512_set1_ps(-126.0f), wide(x * -1.44269504088896341f));
-  const __m512 log = _mm512_min_ps(_mm512_set1_ps(256.0f), some);
-  const __m512 whole = _mm512_roundscale_ps(log, _MM_FROUND_TO_NEAREST_INT);
-  const Vector r = reinterpret_cast<Vector>(log) - reinterpret_cast<Vector>(whole);
-  Vector y = r * 9.618129e-3f + 5.550411e-2f;  // the first powers of log(2), over factorials: 2 to the power of r
-  y = y * r + 2.4022651e-1f;
-  y = y * r + 6.9314718e-1f;
-  y = y * r + 1.0f;
-  const Vector power = reinterpret_cast<Vector>(_mm512_scalef_ps(wide(y), whole));
-  return x * reinterpret_cast<Vector>(_mm512_rcp14_ps(wide(power + 1.0f)));
 }
 
 // Groups by turns: of a gate, and of what it lets through.
 template <typename Weights>
 void multiply_gated(const Product& product, at::BFloat16* to, int64_t width) {
-  share_out(product.count, product.groups / 2, [&](int64_t unit, Hands& hands) {
-    const int64_t first = unit * COLUMNS;
-    const auto gate = product.group<Weights>(2 * unit, COLUMNS, hands);
-    const auto up = product.group<Weights>(2 * unit + 1, COLUMNS, hands, 1);
-    return [=](const Some& some) {
-      at::BFloat16 gates[MOST * COLUMNS], ups[MOST * COLUMNS];
-      gate(some, gates, COLUMNS);
-      up(some, ups, COLUMNS);
+  const int64_t depth = product.depth;
+  share_out(product.count, depth, product.groups / 2, [&](int64_t unit, const Rows& rows, Hands& hands) {
+    at::BFloat16* columns = to + unit * COLUMNS;
+    const Finish opening = product.finish(2 * unit, COLUMNS), finish = product.finish(2 * unit + 1, COLUMNS);
+    const auto gate = product.group<Weights>(2 * unit), up = product.group<Weights>(2 * unit + 1);
+#if defined(UNSPOOL_TILES)
+    if (product.tiled) {
+      at::BFloat16* factors = hands.factors(product.count);
+      auto factors_of = [&](const Rows& some) { return factors + some.first * COLUMNS; };
+      product.by_tiles_with(gate, rows, hands,
+                            [&](const Rows& some) { hands.due.open(some.count, opening, factors_of(some)); });
+      return product.by_tiles_with(up, rows, hands, [&](const Rows& some) {
+        hands.due.let_through(some.count, finish, factors_of(some), columns + some.first * width, width);
+      });
+    }
+#endif
+    in_parts(rows, TALL, [&](const Rows& some, bool near, bool) {
+      at::BFloat16 room[2][TALL * COLUMNS], *gates = room[0], *ups = room[1];
+      const at::BFloat16* x = product.rows + some.first * depth;
+      tile_of<Weights>(some.count, x, depth, gate, near, opening, COLUMNS, gates, COLUMNS);
+      tile_of<Weights>(some.count, x, depth, up, near, finish, COLUMNS, ups, COLUMNS);
       for (int64_t r = 0; r < some.count; ++r)
         for (int64_t n = 0; n < COLUMNS; n += W) {
-          const Vector open = silu(Element<at::BFloat16>::load(gates + r * COLUMNS + n));
+          const Vector factor = silu(Element<at::BFloat16>::load(gates + r * COLUMNS + n));
           const Vector through = Element<at::BFloat16>::load(ups + r * COLUMNS + n);
-          Element<at::BFloat16>::store(to + (some.row + r) * width + first + n, open * through);
+          Element<at::BFloat16>::store(columns + (some.first + r) * width + n, factor * through);
         }
-    };
+    });
   });
 }
 

@@ -94,6 +94,27 @@ inline void multiply(const c10::BFloat16* rows, int64_t step, bool second) {
   }
 }
 
+// The same with two tiles of columns, one behind the other, that are taken on the way. `pass`: the rows need not stay in the
+// first cache.
+inline void multiply(const char* columns, const c10::BFloat16* rows, int64_t step, bool second, bool pass) {
+  const int64_t bytes = step * sizeof *rows;
+  _tile_loadd(6, columns, BYTES);
+  if (pass)
+    _tile_stream_loadd(4, rows, bytes);
+  else
+    _tile_loadd(4, rows, bytes);
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_loadd(7, columns + SIZE, BYTES);
+  _tile_dpbf16ps(1, 4, 7);
+  if (!second) return;
+  if (pass)
+    _tile_stream_loadd(5, rows + ROWS * step, bytes);
+  else
+    _tile_loadd(5, rows + ROWS * step, bytes);
+  _tile_dpbf16ps(2, 5, 6);
+  _tile_dpbf16ps(3, 5, 7);
+}
+
 // Go on with sums that were kept, rows `step` numbers apart.
 inline void resume(const float* sums, int64_t step, bool second) {
   _tile_loadd(0, sums, step * sizeof *sums);
