@@ -55,7 +55,8 @@ constexpr int64_t STRIDE = 8;             // numbers of a row that are multiplie
 constexpr int64_t LINE = 64;              // bytes that memory gives at once
 constexpr int64_t AHEAD = 6144;           // bytes
 constexpr int64_t APART = 2;              // times as many for each thread, from which on each has rows of its own,
-constexpr int64_t TOGETHER = 1 << 20;     // or with tiles: bytes of all rows
+constexpr int64_t TILES_APART = 8;        // or with tiles, which need weights turned for each thread,
+constexpr int64_t TOGETHER = 1 << 20;     // if all rows are so many bytes
 constexpr int64_t RARE = 16;              // places of a row for each stray that a group may have
 
 // How weights of a group are read: `AT_ONCE` pairs of each column together, from a *block*.
@@ -459,7 +460,7 @@ template <typename Weights>
 void by_tiles(const at::BFloat16* rows, int64_t depth, const Group<Weights>& group, bool near, bool again, char* panels,
               int64_t count, Due& due) {
   const int64_t pairs = depth / 2, all = (pairs + tiles::ROWS - 1) / tiles::ROWS, left = depth % tiles::DEEP;
-  const bool second = count > tiles::ROWS, keep = near || again, pass = keep && all * PANEL <= KEPT;
+  const bool second = count > tiles::ROWS, keep = near || again, passing = keep && all * PANEL <= KEPT;
   auto panel = [&](int64_t number) { return panels + (keep ? number : number % 2) * PANEL; };
   alignas(64) at::BFloat16 rest[2 * tiles::ROWS * tiles::DEEP];  // the ends of rows, with zeros after them
   if (left)
@@ -478,7 +479,7 @@ void by_tiles(const at::BFloat16* rows, int64_t depth, const Group<Weights>& gro
     const bool whole = (number + 1) * tiles::DEEP <= depth;
     const at::BFloat16* x = whole ? rows + number * tiles::DEEP : rest;
     tiles::written();
-    tiles::multiply(panel(number), x, whole ? depth : tiles::DEEP, second, pass);
+    tiles::multiply(panel(number), x, whole ? depth : tiles::DEEP, second, passing);
     if (number && due.left()) due.go_on(pace);
   }
   due.go_on(due.left());
@@ -532,14 +533,15 @@ struct Hands {
 
 // Share out so many rows and units of columns among the threads: `multiply(unit, rows, hands)`.
 //
-// Many rows are shared out as they are by what comes before and after: each thread has its own at hand. With tiles that is
-// worth it from where a thread's second cache is full of all rows; up to there weights are written down as tiles once, not
-// once a thread. Rows are shared out as well where there are too few units for all threads.
+// Many rows are shared out as they are by what comes before and after: each thread has its own at hand. With tiles it
+// takes more rows, and more than a thread's second cache holds of them: up to there weights are written down as tiles once,
+// not once a thread. Rows are shared out as well where there are too few units for all threads.
 template <typename Multiply>
 void share_out(int64_t count, int64_t depth, int64_t units, Multiply multiply) {
-  const int64_t threads = at::get_num_threads(), tall = in_tiles() ? MOST : TALL;
+  const int64_t threads = at::get_num_threads(), bytes = count * depth * sizeof(at::BFloat16);
+  const int64_t tall = in_tiles() ? MOST : TALL, apart = in_tiles() ? TILES_APART : APART;
   const int64_t fair = 4 * threads, most = (count + tall - 1) / tall;
-  const bool many = count >= APART * tall * threads && (!in_tiles() || count * depth * 2 >= TOGETHER);
+  const bool many = count >= apart * tall * threads && (!in_tiles() || bytes >= TOGETHER);
   const int64_t shares = many ? threads : units >= fair ? 1 : std::min(most, (fair + units - 1) / units);
   each<Hands>(units * shares, [&](int64_t task, Hands& hands) {
     const int64_t share = task / units, first = count * share / shares;

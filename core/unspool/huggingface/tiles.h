@@ -94,12 +94,12 @@ inline void multiply(const c10::BFloat16* rows, int64_t step, bool second) {
   }
 }
 
-// The same with two tiles of columns, one behind the other, that are taken on the way. `pass`: the rows need not stay in the
-// first cache.
-inline void multiply(const char* columns, const c10::BFloat16* rows, int64_t step, bool second, bool pass) {
+// The same with two tiles of columns, one behind the other, that are taken on the way. `passing`: the rows need not stay
+// in the first cache.
+inline void multiply(const char* columns, const c10::BFloat16* rows, int64_t step, bool second, bool passing) {
   const int64_t bytes = step * sizeof *rows;
   _tile_loadd(6, columns, BYTES);
-  if (pass)
+  if (passing)
     _tile_stream_loadd(4, rows, bytes);
   else
     _tile_loadd(4, rows, bytes);
@@ -107,7 +107,7 @@ inline void multiply(const char* columns, const c10::BFloat16* rows, int64_t ste
   _tile_loadd(7, columns + SIZE, BYTES);
   _tile_dpbf16ps(1, 4, 7);
   if (!second) return;
-  if (pass)
+  if (passing)
     _tile_stream_loadd(5, rows + ROWS * step, bytes);
   else
     _tile_loadd(5, rows + ROWS * step, bytes);
